@@ -1,0 +1,195 @@
+"""One window over given micro-batches, from the first forward to the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from macrobatch import tree
+from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Updated
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.result import StepResult
+from macrobatch.core.snapshot import Snapshot
+from macrobatch.core.update import Update, Verdict
+from macrobatch.core.weighting import Normalize, Seeds, Tally, Weight
+from macrobatch.core.window import Window
+from macrobatch.errors import BatchError
+
+__all__ = ["LossFn", "MicroBatch", "Plan", "Step"]
+
+LossFn = Callable[[Any, Any], Any]
+MicroBatch = tuple[Any, int]
+"""A micro-batch and its number of samples."""
+
+
+class Plan(NamedTuple):
+    """What is known of a window before its first backward.
+
+    Attributes:
+        num_micro_batches: how many, or a guess.
+        guess: the window's weight if nobody counted it; only fp16's range depends on it being near.
+        expected: the window's weight, counted ahead, per term or for the only one.
+    """
+
+    num_micro_batches: int
+    guess: float
+    expected: Mapping[str, Weight] | Weight | None = None
+
+
+class Gradient(NamedTuple):
+    """A finished window's gradient, apart from the numbers themselves, which lie in the buffer."""
+
+    tally: Tally
+    verdict: Verdict
+    num_samples: int
+    before: Snapshot
+
+
+class Step:
+    """Everything one update needs, put together; `run` reads top to bottom.
+
+    Equivalent plain loop, for a loss that sums over `weight` items and `total_weight` of the window:
+
+    ```python
+    for micro_batch in micro_batches:
+        (loss_fn(model, micro_batch).total / total_weight).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        gradients: GradientBuffer,
+        update: Update,
+        window: Window,
+        policy: Normalize,
+        device: torch.device,
+        listeners: list[Listener],
+    ) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.gradients = gradients
+        self.update = update
+        self.window = window
+        self.policy = policy
+        self.device = device
+        self.listeners = listeners
+        self._seeds = Seeds()
+
+    def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
+        """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
+        if self.update.replays:
+            micro_batches = list(micro_batches)
+        gradient = self.gradient(micro_batches, plan)
+        result = StepResult(
+            gradient.tally,
+            grad_norm=gradient.verdict.grad_norm,
+            skipped=gradient.verdict.skip,
+            num_micro_batches=self.window.num_pending,
+            num_samples=gradient.num_samples,
+        )
+        if result.skipped is None:
+            self._apply(lambda: self._closure(micro_batches, plan, gradient.before, result))
+            self.window.applied()
+        else:
+            self.window.skipped()
+        self.update.precision.update()
+        if self.listeners and result.skipped is None:
+            self._emit(Updated(result=result, num_updates=self.window.num_updates))
+        elif self.listeners:
+            self._emit(Skipped(result=result, reason=str(result.skipped)))
+        return result
+
+    def gradient(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> Gradient:
+        """The window's gradient, finished and checked, in the buffer; the window is closed. Nothing else has moved,
+        and nothing at all if this fails."""
+        before = Snapshot(self.model, self.device)
+        try:
+            tally, num_samples = self._accumulate(self._admitted(micro_batches), plan)
+            verdict = self.update.finish(self.gradients, tally)
+        except BaseException:
+            self.window.discard()
+            self.update.precision.cancel()
+            before.restore()
+            self.gradients.start()
+            raise
+        return Gradient(tally, verdict, num_samples, before)
+
+    def _accumulate(self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan) -> tuple[Tally, int]:
+        """Fill the gradient buffer; returns the weights and losses, and the number of samples."""
+        self.gradients.start()
+        tally = Tally(
+            self.policy,
+            expected=plan.expected,
+            guess=plan.guess,
+            num_micro_batches=plan.num_micro_batches,
+            seeds=self._seeds,
+        )
+        num_samples = 0
+        precision = self.update.precision
+        for index, (micro_batch, num_rows, is_last) in enumerate(micro_batches):
+            num_samples += num_rows
+            with precision.forward():
+                output = self.loss_fn(self.model, tree.to_device(micro_batch, self.device))
+            totals, seeds = tally.admit(output, num_rows)
+            torch.autograd.backward(totals, precision.seeds(seeds))
+            del output, totals  # the graph is gone before the next forward
+            if self.listeners:
+                self._emit(MicroBatchDone(index=index, is_last=is_last))
+        self.gradients.collect()
+        return tally, num_samples
+
+    def _apply(self, closure: Callable[[], Callable[[], Tensor]]) -> None:
+        try:
+            self.update.apply(self.gradients, closure)
+        except BaseException:
+            self.window.discard()
+            self.update.precision.cancel()
+            raise
+
+    def _closure(
+        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, result: StepResult
+    ) -> Callable[[], Tensor]:
+        """The window's loss and gradient as a function of the parameters, for an optimizer that asks for it: every
+        call replays all micro-batches, with the same dropout and from the same module buffers."""
+        lenient = replace(self.update, nonfinite="skip")  # a line search may try a point where the loss is infinite
+        at_hand = [True]
+
+        def closure() -> Tensor:
+            if at_hand:
+                at_hand.clear()
+                return torch.tensor(result.loss, device=self.device)
+            before.restore()
+            tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan)
+            lenient.finish(self.gradients, tally)
+            return torch.tensor(sum(loss for loss, _ in tally.read().values()), device=self.device)
+
+        return closure
+
+    def _admitted(self, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[Any, int, bool]]:
+        """Each micro-batch with the window's answer to: is it the last? Looks one ahead."""
+        rest = iter(micro_batches)
+        try:
+            current = next(rest)
+        except StopIteration:
+            raise BatchError(
+                "the window", given="no micro-batches", expected="at least one", fix="skip empty macro-batches"
+            ) from None
+        for following in rest:
+            yield *current, self.window.admit()
+            current = following
+        yield *current, self.window.admit(end_of_data=True)
+
+    def _emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)

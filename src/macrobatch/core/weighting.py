@@ -1,0 +1,414 @@
+"""What a window's gradient is divided by: the one place of the package that divides.
+
+A micro-batch contributes the gradient of `total`, a *sum* over `weight` items (samples, tokens, masked positions).
+With the default policy the optimizer sees, for each term of the loss,
+
+```text
+g = Σ_i ∇ total_i / Σ_i weight_i          over all micro-batches i of the window
+```
+
+Each backward starts from the factor that would be right if the window turned out as expected (`Tally.admit`); the
+close multiplies the gradient once by what is missing (`Tally.correction`), which is exactly 1 when nothing is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from macrobatch.errors import ArgumentError, LossError
+
+__all__ = ["Constant", "Exact", "Loss", "Normalize", "Tally", "Uniform", "Weight", "make_policy"]
+
+Weight = int | float | Tensor
+"""A weight known to the host, or a 0-d tensor that stays on its device."""
+
+
+class Loss(NamedTuple):
+    """A loss as a sum and what it is a sum over: `total / weight` is its mean.
+
+    Several terms with different denominators are a dictionary of them: `{"tokens": Loss(...), "kl": Loss(...)}`.
+
+    Attributes:
+        total: 0-d tensor, the loss summed over its items.
+        weight: how many items, >= 0: a number, or a 0-d tensor (which is not read in a micro-step).
+
+    ```pycon
+    >>> per_token = torch.tensor([1.0, 2.0, 6.0])
+    >>> Loss(per_token.sum(), weight=3).mean
+    tensor(3.)
+
+    ```
+    """
+
+    total: Tensor
+    weight: Weight
+
+    @property
+    def mean(self) -> Tensor:
+        """0-d tensor: total / weight, and 0 where the weight is 0."""
+        weight = torch.as_tensor(self.weight, dtype=self.total.dtype, device=self.total.device)
+        return torch.where(weight > 0, self.total / weight, torch.zeros_like(self.total))
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Divide by the weight that the window really saw. The default; any split gives the same gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Every micro-batch counts 1: the mean of the micro-batches' means. Depends on the split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The sum of the micro-batches' means over a fixed number, also when the window is shorter: what `loss / N` does.
+
+    Args:
+        num_micro_batches: N, an integer >= 1.
+    """
+
+    num_micro_batches: int
+
+    def __post_init__(self) -> None:
+        n: object = self.num_micro_batches
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ArgumentError("Constant", given=n, expected="an integer >= 1", fix="pass Constant(4) for loss / 4")
+
+
+Normalize = Exact | Uniform | Constant
+
+
+def make_policy(normalize: object) -> Normalize:
+    """The policy for a name or a policy object.
+
+    ```pycon
+    >>> make_policy("exact"), make_policy(Constant(4))
+    (Exact(), Constant(num_micro_batches=4))
+
+    ```
+    """
+    if isinstance(normalize, Exact | Uniform | Constant):
+        return normalize
+    if normalize == "exact":
+        return Exact()
+    if normalize == "uniform":
+        return Uniform()
+    raise ArgumentError(
+        "normalize", given=normalize, expected='"exact", "uniform" or Constant(N)', fix='leave it at "exact"'
+    )
+
+
+class _Part(NamedTuple):
+    """One micro-batch's share of a term: `tensor * factor` is a sum over `weight` items."""
+
+    tensor: Tensor
+    factor: float
+    weight: Weight
+
+
+@dataclass(slots=True)
+class _Term:
+    """One term of the loss over the window."""
+
+    expected: Weight
+    promised: bool
+    scale: float | Tensor = 0.0
+    parts: list[_Part] = field(default_factory=list[_Part])
+
+
+class Seeds:
+    """0-d tensors that backwards start from, made once per value: filled on their device, without a copy from the host."""
+
+    __slots__ = ("_made",)
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, value: float, like: Tensor) -> Tensor:
+        key = (value, like.dtype, like.device)
+        seed = self._made.get(key)
+        if seed is None:
+            if len(self._made) >= 1024:
+                self._made.clear()
+            seed = self._made[key] = torch.full((), value, dtype=like.dtype, device=like.device)
+        return seed
+
+
+class Tally:
+    """The weights and losses of one window.
+
+    Args:
+        policy: what to divide by.
+        expected: the weight the whole window should have, one per term or one for the only term, from a count made
+            ahead. None if nobody counted.
+        guess: the weight to expect where nobody counted; a power-of-ten error in it costs nothing but fp16 range.
+        num_micro_batches: how many there will be, as far as known.
+        seeds: a cache shared between windows.
+    """
+
+    __slots__ = ("_counted", "_guess", "_num", "_policy", "_seeds", "terms")
+
+    def __init__(
+        self,
+        policy: Normalize,
+        *,
+        expected: Mapping[str, Weight] | Weight | None = None,
+        guess: float,
+        num_micro_batches: int,
+        seeds: Seeds | None = None,
+    ) -> None:
+        self._policy = policy
+        self._counted = _checked_counts(expected)
+        self._guess = guess
+        self._num = num_micro_batches
+        self._seeds = seeds or Seeds()
+        self.terms: dict[str, _Term] = {}
+
+    def admit(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Take in what a loss function returned for one micro-batch of `num_samples` samples.
+
+        Returns:
+            The tensors to run backward from, and the gradient each of them starts with (0-d, same dtype and device).
+
+        Raises:
+            LossError: the output is not a loss.
+        """
+        parts = _parts(output, num_samples)
+        if not self.terms:
+            self._open(parts)
+        elif parts.keys() != self.terms.keys():
+            raise _term_error(parts, self.terms)
+        tensors: list[Tensor] = []
+        seeds: list[Tensor] = []
+        for name, part in parts.items():
+            term = self.terms[name]
+            term.parts.append(_Part(part.tensor.detach(), part.factor, part.weight))
+            if part.tensor.requires_grad:
+                tensors.append(part.tensor)
+                seeds.append(self._seed(term, part))
+        if not tensors:
+            raise LossError(
+                "the loss",
+                given="a tensor that does not require grad",
+                expected="a loss that depends on the model's trainable parameters",
+                fix="compute it from the model's output, without detach(), item() or no_grad()",
+            )
+        return tensors, seeds
+
+    def weights(self) -> dict[str, Weight]:
+        """The weight the window has seen so far, per term: a number if all of it was known to the host."""
+        return {name: _summed([part.weight for part in term.parts]) for name, term in self.terms.items()}
+
+    def correction(self, weights: Mapping[str, Weight]) -> float | Tensor:
+        """What the accumulated gradient has to be multiplied by; the number 1 if by nothing.
+
+        Args:
+            weights: of the whole window, over all ranks if there are several.
+
+        Raises:
+            LossError: a weight differs from the one counted ahead.
+        """
+        if isinstance(self._policy, Exact):
+            for name, term in self.terms.items():
+                if term.promised:
+                    _check_promise(name, term.expected, weights[name])
+            if len(self.terms) > 1:
+                return 1.0
+        (term,), (weight,) = self.terms.values(), weights.values()
+        due, scale = self._denominator(term, weight), term.scale
+        if isinstance(due, Tensor) or isinstance(scale, Tensor):
+            product = torch.as_tensor(due * scale)
+            return torch.where(product > 0, 1 / product, torch.zeros_like(product))
+        return 1.0 if not due or 1.0 / due == scale else 1.0 / (due * scale)
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        """Mean loss and weight of every term, as the policy averages them. Waits for the device, once."""
+        tensors = [part.tensor for term in self.terms.values() for part in term.parts]
+        weights = [part.weight for term in self.terms.values() for part in term.parts]
+        numbers = iter(to_host([*tensors, *(weight for weight in weights if isinstance(weight, Tensor))]))
+        totals = [next(numbers) for _ in tensors]
+        on_host = [next(numbers) if isinstance(weight, Tensor) else weight for weight in weights]
+        rows = iter(zip(totals, on_host, strict=True))
+        return {
+            name: self._mean([(part.factor * value, weight) for part, (value, weight) in zip(term.parts, rows)])
+            for name, term in self.terms.items()
+        }
+
+    def first_nonfinite(self) -> int | None:
+        """Index of the first micro-batch whose loss is NaN or infinite. Waits for the device."""
+        columns = [to_host([part.tensor for part in term.parts]) for term in self.terms.values()]
+        bad = [i for i, row in enumerate(zip(*columns, strict=True)) if not all(map(math.isfinite, row))]
+        return bad[0] if bad else None
+
+    def _mean(self, parts: list[tuple[float, float]]) -> tuple[float, float]:
+        weight = math.fsum(w for _, w in parts)
+        if isinstance(self._policy, Exact):
+            return (math.fsum(total for total, _ in parts) / weight if weight else 0.0), weight
+        means = [total / w for total, w in parts if w]
+        num = self._policy.num_micro_batches if isinstance(self._policy, Constant) else len(means)
+        return (math.fsum(means) / num if means else 0.0), weight
+
+    def _denominator(self, term: _Term, weight: Weight) -> Weight:
+        match self._policy:
+            case Exact():
+                return weight
+            case Uniform():
+                return _summed([_counts(part.weight) for part in term.parts])
+            case Constant(n):
+                return n
+
+    def _open(self, parts: Mapping[str, _Part]) -> None:
+        counted = self._counted if self._counted is not None else {}
+        if len(parts) == 1 and len(counted) == 1:
+            counted = dict(zip(parts, counted.values(), strict=True))
+        if isinstance(self._policy, Exact) and (counted or len(parts) > 1) and parts.keys() != counted.keys():
+            raise LossError(
+                "the loss",
+                given=f"{len(parts)} terms {sorted(parts)} with weights counted ahead for {sorted(counted)}",
+                expected="a weight counted over the whole macro-batch for each term, before the first backward",
+                fix="pass count=lambda batch: {term: weight of the macro-batch, ...} with these names, "
+                "or add the terms up if they share a weight",
+            )
+        for name, part in parts.items():
+            term = _Term(counted.get(name, self._guess), name in counted)
+            if isinstance(self._policy, Uniform):
+                term.expected = self._num
+            elif isinstance(self._policy, Constant):
+                term.expected = self._policy.num_micro_batches
+            term.scale = _scale(term.expected, part.tensor.dtype, exact_later=len(parts) == 1)
+            self.terms[name] = term
+
+    def _seed(self, term: _Term, part: _Part) -> Tensor:
+        scale, factor = term.scale, part.factor
+        if not isinstance(self._policy, Exact):  # each micro-batch enters with its mean
+            if isinstance(part.weight, Tensor):
+                weight = part.weight.to(part.tensor.dtype)
+                return torch.where(weight > 0, scale * factor / weight, torch.zeros_like(weight))
+            factor = factor / part.weight if part.weight else 0.0
+        if isinstance(scale, Tensor):
+            return (scale * factor).to(part.tensor)
+        return self._seeds(scale * factor, part.tensor)
+
+
+def _scale(expected: Weight, dtype: torch.dtype, *, exact_later: bool) -> float | Tensor:
+    if isinstance(expected, Tensor):
+        return torch.where(expected > 0, 1.0 / expected, torch.zeros((), device=expected.device))
+    if expected <= 0:
+        return 0.0
+    if exact_later and dtype in (torch.bfloat16, torch.float16):
+        # A power of two survives the rounding of a 16-bit loss; the correction at the close, in the gradient's
+        # precision, supplies the rest.
+        return 2.0 ** -round(math.log2(expected))
+    return 1.0 / expected
+
+
+def _parts(output: Any, num_samples: int) -> dict[str, _Part]:
+    if isinstance(output, Tensor):  # a mean over samples
+        return {"loss": _Part(_checked_total(output), num_samples, num_samples)}
+    if isinstance(output, Loss):
+        return {"loss": _Part(_checked_total(output.total), 1.0, _checked_weight(output.weight))}
+    if isinstance(output, Mapping) and output and all(isinstance(term, Loss) for term in output.values()):
+        return {
+            name: _Part(_checked_total(term.total), 1.0, _checked_weight(term.weight)) for name, term in output.items()
+        }
+    raise LossError(
+        "what loss_fn returned",
+        given=f"{type(output).__name__}" + (f" with keys {list(output)}" if isinstance(output, Mapping) else ""),
+        expected="a 0-d tensor (a mean over samples), a Loss(total, weight), or a dict of Loss terms",
+        fix="return the loss tensor itself, for example model(**batch).loss, or Loss(total, num_tokens)",
+    )
+
+
+def _checked_total(total: object) -> Tensor:
+    if isinstance(total, Tensor) and total.ndim == 0 and total.is_floating_point():
+        return total
+    given = f"a {total.dtype} tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
+    raise LossError(
+        "the loss",
+        given=given,
+        expected="a real 0-d tensor",
+        fix="reduce it: .sum() together with Loss(total, weight), or .mean() over samples",
+    )
+
+
+def _checked_weight(weight: object) -> Weight:
+    if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
+        return weight.detach()
+    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight < math.inf:
+        return weight  # pyright: ignore[reportReturnType]
+    raise LossError(
+        "the weight of a Loss",
+        given=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight,
+        expected="a finite number >= 0 or a 0-d tensor",
+        fix="pass the number of items that total is a sum over, for example (labels != -100).sum()",
+    )
+
+
+def _checked_counts(expected: Mapping[str, Weight] | Weight | None) -> dict[str, Weight] | None:
+    if expected is None:
+        return None
+    terms: Mapping[Any, Weight] = expected if isinstance(expected, Mapping) else {"loss": expected}
+    try:
+        return {name: _checked_weight(weight) for name, weight in terms.items()}
+    except LossError as error:
+        raise LossError(
+            "what count returned",
+            given=error.given,
+            expected="a finite number >= 0, a 0-d tensor, or a dict of them, one per term",
+            fix="count over the whole macro-batch, for example lambda batch: (batch['labels'] != -100).sum()",
+        ) from None
+
+
+def _check_promise(name: str, expected: Weight, seen: Weight) -> None:
+    if isinstance(seen, Tensor) or math.isclose(expected, seen, rel_tol=1e-9):
+        return
+    raise LossError(
+        f"the weight of the term {name!r}",
+        given=f"{seen} over the window, {float(expected)} counted ahead",
+        expected="the same number",
+        fix="let count and loss_fn count the same items (mind labels that a causal model shifts away)",
+    )
+
+
+def _term_error(parts: Mapping[str, _Part], terms: Mapping[str, _Term]) -> LossError:
+    return LossError(
+        "the terms of the loss",
+        given=sorted(parts),
+        expected=f"{sorted(terms)}, as in the window's first micro-batch",
+        fix="return every term for every micro-batch; one that does not apply has total 0 and weight 0",
+    )
+
+
+def _counts(weight: Weight) -> Weight:
+    return (weight > 0).to(torch.float32) if isinstance(weight, Tensor) else float(weight > 0)
+
+
+def _summed(weights: Sequence[Weight]) -> Weight:
+    on_device = [weight for weight in weights if isinstance(weight, Tensor)]
+    on_host = math.fsum(weight for weight in weights if not isinstance(weight, Tensor))
+    if not on_device:
+        return on_host
+    # float64 counts exactly to 2^53; adding float32 counts would round beyond 2^24 tokens.
+    return torch.stack(on_device).sum(dtype=torch.float64) + on_host
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[float]:
+    """The values of 0-d tensors as Python numbers: one copy and one wait per device and dtype, not one per tensor."""
+    values: dict[int, float] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.device.type == "cpu":
+            values[i] = tensor.item()
+        else:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    for members in groups.values():
+        values.update(zip(members, torch.stack([tensors[i] for i in members]).tolist(), strict=True))
+    return [values[i] for i in range(len(tensors))]

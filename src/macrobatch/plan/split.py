@@ -1,0 +1,157 @@
+"""How a macro-batch is cut into micro-batches: by rows or by tokens, the last part ragged.
+
+The window's gradient does not depend on the cut, so it is chosen for memory and speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from macrobatch import tree
+from macrobatch.errors import ArgumentError, BatchError, NotYetError
+
+__all__ = ["Rows", "Split", "Tokens", "make_split"]
+
+Lengths = Callable[[Any], Tensor | Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Micro-batches of a number of samples; the last one takes what is left.
+
+    Args:
+        num_rows: samples per micro-batch, an integer >= 1.
+
+    ```pycon
+    >>> import torch
+    >>> Rows(2).split(torch.arange(5))
+    [(tensor([0, 1]), 2), (tensor([2, 3]), 2), (tensor([4]), 1)]
+
+    ```
+    """
+
+    num_rows: int
+
+    def __post_init__(self) -> None:
+        _check_size("micro_batch", self.num_rows, "samples in a micro-batch")
+
+    def split(self, batch: Any) -> list[tuple[Any, int]]:
+        """The micro-batches of a macro-batch in order, each with its number of rows; views, not copies."""
+        flat = tree.flatten(batch)
+        full, rest = divmod(flat.num_rows, self.num_rows)
+        sizes = [self.num_rows] * full + [rest] * bool(rest)
+        return list(zip(flat.split(sizes), sizes, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Micro-batches of consecutive samples that hold at most so many tokens when padded to their longest.
+
+    Args:
+        max_tokens: a hard cap on rows × longest row of a micro-batch, an integer >= 1.
+        lengths: from a batch, its number of tokens per row, shape (rows,).
+        trim: cut the padding off. Every leaf of shape (rows, width, ...) with the width of the macro-batch then loses
+            the columns beyond the micro-batch's longest row; the padding must be on the right.
+
+    ```pycon
+    >>> import torch
+    >>> ids = torch.tensor([[5, 0, 0, 0], [6, 0, 0, 0], [7, 8, 9, 9], [1, 2, 0, 0]])
+    >>> tokens = Tokens(4, lengths=lambda ids: (ids != 0).sum(1), trim=True)
+    >>> [part.tolist() for part, num_rows in tokens.split(ids)]
+    [[[5], [6]], [[7, 8, 9, 9]], [[1, 2]]]
+
+    ```
+    """
+
+    max_tokens: int
+    lengths: Lengths
+    trim: bool = False
+
+    def __post_init__(self) -> None:
+        _check_size("Tokens.max_tokens", self.max_tokens, "tokens in a micro-batch")
+
+    def split(self, batch: Any) -> list[tuple[Any, int]]:
+        """The micro-batches of a macro-batch in order, each with its number of rows.
+
+        Raises:
+            BatchError: a single row is longer than the cap, or `lengths` does not fit the batch.
+        """
+        lengths = self._read_lengths(batch)
+        sizes: list[int] = []
+        longest: list[int] = []
+        for length in lengths:
+            if sizes and (sizes[-1] + 1) * max(longest[-1], length) <= self.max_tokens:
+                sizes[-1] += 1
+                longest[-1] = max(longest[-1], length)
+            else:
+                sizes.append(1)
+                longest.append(length)
+        parts = tree.split(batch, sizes)
+        if self.trim:
+            width = _width(batch)
+            parts = [_trimmed(part, width, columns) for part, columns in zip(parts, longest, strict=True)]
+        return list(zip(parts, sizes, strict=True))
+
+    def _read_lengths(self, batch: Any) -> list[int]:
+        lengths = self.lengths(batch)
+        values: list[Any] = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        rows = tree.num_rows(batch)
+        if len(values) != rows or not all(isinstance(value, int) and value >= 0 for value in values):
+            raise BatchError(
+                "Tokens.lengths",
+                given=f"{values[:8]}{'...' if len(values) > 8 else ''} ({len(values)} values)",
+                expected=f"an integer >= 0 for each of the {rows} rows",
+                fix="return one length per sample, for example batch['attention_mask'].sum(1)",
+            )
+        for row, value in enumerate(values):
+            if value > self.max_tokens:
+                raise BatchError(
+                    f"row {row}",
+                    given=f"{value} tokens",
+                    expected=f"at most max_tokens={self.max_tokens}",
+                    fix="raise max_tokens, or truncate the sample",
+                )
+        return values
+
+
+Split = Rows | Tokens
+
+
+def make_split(micro_batch: object) -> Split:
+    """How to cut for the argument `micro_batch`: an integer means `Rows`.
+
+    Raises:
+        ArgumentError: not a positive integer, `Rows` or `Tokens`.
+        NotYetError: "auto".
+    """
+    if isinstance(micro_batch, Rows | Tokens):
+        return micro_batch
+    if micro_batch == "auto":
+        raise NotYetError(
+            "micro_batch",
+            given="auto",
+            expected="an integer, Rows(n) or Tokens(n, lengths=...); the planner is not part of this version",
+            fix="pass the largest number of samples that fits, for example micro_batch=16",
+        )
+    _check_size("micro_batch", micro_batch, "samples in a micro-batch")
+    return Rows(micro_batch)  # pyright: ignore[reportArgumentType]
+
+
+def _check_size(what: str, size: object, unit: str) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ArgumentError(what, given=size, expected=f"an integer >= 1, the {unit}", fix=f"pass {what}=16")
+
+
+def _width(batch: Any) -> int:
+    return max((leaf.shape[1] for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 1), default=0)
+
+
+def _trimmed(part: Any, width: int, columns: int) -> Any:
+    def cut(leaf: Tensor) -> Tensor:
+        return leaf[:, : max(columns, 1)] if leaf.ndim > 1 and leaf.shape[1] == width else leaf
+
+    return tree.map_tensors(cut, part)

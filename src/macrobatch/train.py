@@ -1,0 +1,325 @@
+"""The native door: `TrainStep` makes one exact update per macro-batch, `accumulate` only the gradient."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from macrobatch import tree
+from macrobatch.core.events import Listener
+from macrobatch.core.gradients import GradientBuffer, refuse_sparse
+from macrobatch.core.precision import Precision, make_precision
+from macrobatch.core.result import StepResult
+from macrobatch.core.step import LossFn, MicroBatch, Plan, Step
+from macrobatch.core.update import NonFinite, Update
+from macrobatch.core.weighting import Loss, Normalize, Weight, make_policy
+from macrobatch.core.window import Window
+from macrobatch.errors import ArgumentError, StateError
+from macrobatch.plan.split import Rows, Split, make_split
+
+__all__ = ["TrainStep", "accumulate"]
+
+Count = Callable[[Any], Mapping[str, Weight] | Weight]
+
+
+class TrainStep:
+    """One update per call: the exact gradient of the macro-batch, in micro-batches that fit.
+
+    Equivalent plain loop, if every sample weighs the same and the memory were there:
+
+    ```python
+    optimizer.zero_grad()
+    loss_fn(model, batch).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    scheduler.step()
+    ```
+
+    If anything fails before the optimizer moves (an error in `loss_fn`, a NaN), model, optimizer, scheduler, module
+    buffers and random number generators are as they were before the call. After a call, each parameter's `.grad` holds
+    the gradient that the optimizer saw, until the next call.
+
+    Args:
+        model: module to train. It is used as it is, not wrapped.
+        optimizer: one, or several that share no parameter.
+        loss_fn: `loss_fn(model, micro_batch)` returns a 0-d tensor, *the mean over the samples* of the micro-batch;
+            or `Loss(total, weight)` to average over something else; or a dict of them for several terms (with `count`).
+        micro_batch: samples per micro-batch, or `Rows(n)`, or `Tokens(n, lengths=...)`.
+        scheduler: one or several learning rate schedulers, stepped once per update.
+        clip_norm: clip the 2-norm of the macro-batch's gradient to this.
+        clip_value: clip its elements to [-clip_value, clip_value].
+        precision: "fp32" computes in the model's own dtypes, "bf16" and "fp16" under autocast, "fp16" with a loss
+            scaler; or a `Precision` object. Gradients accumulate in fp32 or wider in any case.
+        normalize: "exact" divides by the weight the window saw; "uniform" and `Constant(n)` are there to reproduce
+            the mean of means of other tools.
+        count: from the whole macro-batch, the weight of each term of the loss, `{term: weight}`. Needed if there are
+            several terms, since no later division can tell their gradients apart.
+        nonfinite: "raise", "skip" or "ignore" a NaN or infinite loss or gradient. Only "ignore" never waits for the
+            device; the others wait once, at the end of the window.
+        sparse_grad: "refuse" or "densify" gradients of `nn.Embedding(sparse=True)`.
+        listeners: called with each `Event`.
+
+    Raises:
+        ArgumentError: an argument is out of its domain.
+        NotYetError: `micro_batch="auto"`.
+        GradientError: the model makes sparse gradients and they were not allowed.
+
+    ```pycon
+    >>> model = nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> step = TrainStep(model, optimizer, lambda model, x: model(x).square().mean(), micro_batch=2)
+    >>> result = step(torch.ones(5, 4))
+    >>> result.num_micro_batches, result.num_samples, result.skipped
+    (3, 5, None)
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        loss_fn: LossFn,
+        *,
+        micro_batch: int | Split,
+        scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        precision: str | Precision = "fp32",
+        normalize: str | Normalize = "exact",
+        count: Count | None = None,
+        nonfinite: NonFinite = "raise",
+        sparse_grad: str = "refuse",
+        listeners: Iterable[Listener] = (),
+    ) -> None:
+        _check_callables(model, loss_fn, count)
+        self.split = make_split(micro_batch)
+        self.optimizers = _checked_optimizers(optimizer)
+        self.schedulers = _checked_schedulers(scheduler)
+        device = _parameters(self.optimizers)[0].device
+        if sparse_grad not in ("refuse", "densify"):
+            raise ArgumentError(
+                "sparse_grad", given=sparse_grad, expected='"refuse" or "densify"', fix="leave it at its default"
+            )
+        if sparse_grad == "refuse":
+            refuse_sparse(model)
+        self._count = count
+        self._window = Window(1)
+        self._step = Step(
+            model,
+            loss_fn,
+            gradients=GradientBuffer(lambda: _parameters(self.optimizers)),
+            update=Update(
+                optimizers=self.optimizers,
+                schedulers=self.schedulers,
+                precision=make_precision(precision, device),
+                clip_norm=clip_norm,
+                clip_value=clip_value,
+                nonfinite=nonfinite,
+            ),
+            window=self._window,
+            policy=make_policy(normalize),
+            device=device,
+            listeners=list(listeners),
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made so far."""
+        return self._window.num_updates
+
+    @property
+    def num_skipped(self) -> int:
+        """Macro-batches that ended without an update."""
+        return self._window.num_skipped
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Who is told of each event; add to it or take away at any time between calls."""
+        return self._step.listeners
+
+    @property
+    def gradients(self) -> GradientBuffer:
+        """The flat buffer that every trained parameter's `.grad` is a view of."""
+        return self._step.gradients
+
+    def __call__(self, batch: Any) -> StepResult:
+        """One update from a macro-batch: any tree of tensors with one row per sample.
+
+        Raises:
+            BatchError: it has no rows, or its leaves disagree on their number.
+            LossError: `loss_fn` returned something else than a loss.
+            NonFiniteError: the loss or the gradient is NaN or infinite.
+        """
+        micro_batches = self.split.split(batch)
+        expected = None if self._count is None else self._count(batch)
+        return self._run(micro_batches, Plan(len(micro_batches), sum(rows for _, rows in micro_batches), expected))
+
+    def window(
+        self, micro_batches: Iterable[Any], *, expected: Mapping[str, Weight] | Weight | None = None
+    ) -> StepResult:
+        """One update from micro-batches that are cut already, of any sizes; an iterator is looked one ahead.
+
+        Args:
+            micro_batches: at least one.
+            expected: the window's weight, per term, if the loss has several terms.
+        """
+        counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
+        if not isinstance(micro_batches, Sequence):
+            return self._run(counted, Plan(sys.maxsize, 1, expected))
+        counted = list(counted)
+        return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the step itself knows: counters and the loss scale. Save model, optimizer and scheduler beside it."""
+        return {"window": self._window.state_dict(), "precision": self._step.update.precision.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Refused as a whole if a part does not fit.
+
+        Raises:
+            StateError: what is wrong with it.
+        """
+        if set(state) != {"window", "precision"}:
+            raise StateError(
+                "TrainStep.load_state_dict",
+                given=f"the keys {sorted(map(str, state))}",
+                expected="the keys ['precision', 'window']",
+                fix="pass what TrainStep.state_dict returned",
+            )
+        trial = Window(1)
+        trial.load_state_dict(state["window"])
+        self._step.update.precision.load_state_dict(state["precision"])
+        self._window.load_state_dict(state["window"])
+
+    def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
+        self._window.size = max(plan.num_micro_batches, 1)
+        return self._step.run(micro_batches, plan)
+
+
+def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: int | Split) -> Loss:
+    """Fill `.grad` with the gradient of the macro-batch's mean loss, and do nothing else.
+
+    Equivalent to `loss_fn(model, batch).backward()` on parameters without gradients, in less memory. Every parameter
+    that requires grad gets a `.grad` of its own dtype, summed in fp32 or wider; one that was not used gets None. What
+    `.grad` held before is replaced.
+
+    Args:
+        model: module whose parameters get gradients.
+        loss_fn: as for `TrainStep`.
+        batch: the macro-batch.
+        micro_batch: samples per micro-batch, `Rows` or `Tokens`.
+
+    Returns:
+        The detached sum and weight of the loss, `Loss(total, weight)`; its `.mean` is the loss.
+
+    ```pycon
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> loss = accumulate(model, lambda model, x: model(x).mean(), torch.arange(6.0).view(3, 2), micro_batch=2)
+    >>> model.weight.grad, loss.weight
+    (tensor([[2., 3.]]), 3)
+
+    ```
+    """
+    held = [(param, param.grad) for param in model.parameters() if param.requires_grad]
+    buffer = GradientBuffer(lambda: [param for param, _ in held])
+    micro_batches = make_split(micro_batch).split(batch)
+    _check_callables(model, loss_fn, None)
+    if not held:
+        raise ArgumentError("model", given="no parameter that requires grad", expected="one", fix="unfreeze a part")
+    step = Step(
+        model,
+        loss_fn,
+        gradients=buffer,
+        update=Update(optimizers=(), precision=Precision()),
+        window=Window(len(micro_batches)),
+        policy=make_policy("exact"),
+        device=held[0][0].device,
+        listeners=[],
+    )
+    try:
+        plan = Plan(len(micro_batches), sum(rows for _, rows in micro_batches))
+        tally = step.gradient(micro_batches, plan).tally
+    except BaseException:
+        buffer.release()
+        for param, grad in held:
+            param.grad = grad
+        raise
+    filled = buffer.used()
+    buffer.release()
+    for param, view in filled:
+        param.grad = view.to(param.dtype)
+    ((mean, weight),) = tally.read().values()
+    return Loss(torch.tensor(mean * weight, dtype=torch.float64), weight)
+
+
+def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+
+
+def _check_callables(model: object, loss_fn: object, count: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", given=type(model).__name__, expected="an nn.Module", fix="pass the model itself")
+    if not callable(loss_fn) or isinstance(loss_fn, nn.Module):
+        raise ArgumentError(
+            "loss_fn",
+            given=type(loss_fn).__name__,
+            expected="a function loss_fn(model, micro_batch)",
+            fix="write def loss_fn(model, batch): return criterion(model(batch[0]), batch[1])",
+        )
+    if count is not None and not callable(count):
+        raise ArgumentError(
+            "count", given=count, expected="a function count(batch) or None", fix="pass a function of the macro-batch"
+        )
+
+
+def _checked_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
+    optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+        raise ArgumentError(
+            "optimizer",
+            given=[type(each).__name__ for each in optimizers],
+            expected="a torch.optim.Optimizer, or a list of them",
+            fix="pass torch.optim.AdamW(model.parameters())",
+        )
+    params = _parameters(optimizers)
+    if not any(param.requires_grad for param in params):
+        raise ArgumentError(
+            "optimizer",
+            given=f"{len(params)} parameters, none of which requires grad",
+            expected="at least one parameter to train",
+            fix="build it from the parameters that are to be trained",
+        )
+    if len({id(param) for param in params}) < len(params):
+        raise ArgumentError(
+            "optimizer",
+            given="a parameter that is in it twice, or in two optimizers",
+            expected="every parameter to be updated once",
+            fix="give each parameter to one group of one optimizer",
+        )
+    return optimizers
+
+
+def _checked_schedulers(scheduler: object) -> tuple[LRScheduler, ...]:
+    if scheduler is None:
+        return ()
+    schedulers: tuple[Any, ...] = tuple(scheduler) if isinstance(scheduler, list | tuple) else (scheduler,)
+    for each in schedulers:
+        if isinstance(each, ReduceLROnPlateau):
+            raise ArgumentError(
+                "scheduler",
+                given="ReduceLROnPlateau, which steps on a validation metric",
+                expected="a scheduler that steps once per update",
+                fix="leave it out and call its step(metric) yourself after each evaluation",
+            )
+        if not callable(getattr(each, "step", None)):
+            raise ArgumentError(
+                "scheduler", given=type(each).__name__, expected="an object with step()", fix="pass an LRScheduler"
+            )
+    return schedulers
