@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macrobatch.core.weighting import Loss
+from macrobatch.core.loss import Loss
 from macrobatch.errors import LossError
 
 __all__ = ["cross_entropy"]

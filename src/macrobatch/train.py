@@ -18,7 +18,8 @@ from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
 from macrobatch.core.step import LossFn, MicroBatch, Plan, Step
 from macrobatch.core.update import NonFinite, Update
-from macrobatch.core.weighting import Loss, Normalize, Weight, make_policy
+from macrobatch.core.loss import Loss, Weight
+from macrobatch.core.weighting import Normalize, make_policy
 from macrobatch.core.window import Window
 from macrobatch.errors import ArgumentError, StateError
 from macrobatch.plan.split import Rows, Split, make_split

@@ -18,7 +18,7 @@ class StepResult:
         num_samples: rows of the macro-batch on this rank.
     """
 
-    __slots__ = ("_grad_norm", "_read", "_tally", "num_micro_batches", "num_samples", "skipped")
+    __slots__ = ("_grad_norm", "_tally", "num_micro_batches", "num_samples", "skipped")
 
     def __init__(
         self,
@@ -30,7 +30,6 @@ class StepResult:
         num_samples: int,
     ) -> None:
         self._tally = tally
-        self._read: dict[str, tuple[float, float]] | None = None
         self._grad_norm = grad_norm
         self.skipped = skipped
         self.num_micro_batches = num_micro_batches
@@ -39,12 +38,12 @@ class StepResult:
     @property
     def losses(self) -> dict[str, float]:
         """Mean of each term of the loss over its own weight; `{"loss": ...}` if there is one term."""
-        return {name: loss for name, (loss, _) in self._terms().items()}
+        return {name: loss for name, (loss, _) in self._tally.read().items()}
 
     @property
     def weights(self) -> dict[str, float]:
         """What each term was averaged over: samples, tokens, whatever the loss counted."""
-        return {name: weight for name, (_, weight) in self._terms().items()}
+        return {name: weight for name, (_, weight) in self._tally.read().items()}
 
     @property
     def loss(self) -> float:
@@ -68,8 +67,3 @@ class StepResult:
             f"StepResult({fate}, loss={self.loss:.6g}, weight={self.weight:g}, grad_norm={self.grad_norm:.6g}, "
             f"{self.num_micro_batches} micro-batches, {self.num_samples} samples)"
         )
-
-    def _terms(self) -> dict[str, tuple[float, float]]:
-        if self._read is None:
-            self._read = self._tally.read()
-        return self._read

@@ -14,8 +14,10 @@ from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Upd
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.result import StepResult
 from macrobatch.core.snapshot import Snapshot
+from macrobatch.core.twopass import TwoPass
 from macrobatch.core.update import Update, Verdict
-from macrobatch.core.weighting import Normalize, Seeds, Tally, Weight
+from macrobatch.core.loss import Weight
+from macrobatch.core.weighting import Normalize, Seeds, Tally
 from macrobatch.core.window import Window
 from macrobatch.errors import BatchError
 
@@ -88,7 +90,7 @@ class Step:
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
-        if self.update.replays:
+        if self.update.replays or isinstance(self.loss_fn, TwoPass):
             micro_batches = list(micro_batches)
         gradient = self.gradient(micro_batches, plan)
         result = StepResult(
@@ -115,7 +117,8 @@ class Step:
         and nothing at all if this fails."""
         before = Snapshot(self.model, self.device)
         try:
-            tally, num_samples = self._accumulate(self._admitted(micro_batches), plan)
+            loss_fn = self._loss_fn(micro_batches, before)
+            tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn)
             verdict = self.update.finish(self.gradients, tally)
         except BaseException:
             self.window.discard()
@@ -125,7 +128,9 @@ class Step:
             raise
         return Gradient(tally, verdict, num_samples, before)
 
-    def _accumulate(self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan) -> tuple[Tally, int]:
+    def _accumulate(
+        self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan, loss_fn: LossFn
+    ) -> tuple[Tally, int]:
         """Fill the gradient buffer; returns the weights and losses, and the number of samples."""
         self.gradients.start()
         tally = Tally(
@@ -140,7 +145,7 @@ class Step:
         for index, (micro_batch, num_rows, is_last) in enumerate(micro_batches):
             num_samples += num_rows
             with precision.forward():
-                output = self.loss_fn(self.model, tree.to_device(micro_batch, self.device))
+                output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
             totals, seeds = tally.admit(output, num_rows)
             torch.autograd.backward(totals, precision.seeds(seeds))
             del output, totals  # the graph is gone before the next forward
@@ -148,6 +153,12 @@ class Step:
                 self._emit(MicroBatchDone(index=index, is_last=is_last))
         self.gradients.collect()
         return tally, num_samples
+
+    def _loss_fn(self, micro_batches: Iterable[MicroBatch], before: Snapshot) -> LossFn:
+        if not isinstance(self.loss_fn, TwoPass):
+            return self.loss_fn
+        forward = self.update.precision.forward
+        return self.loss_fn.over(self.model, [*micro_batches], before=before, forward=forward, device=self.device)
 
     def _apply(self, closure: Callable[[], Callable[[], Tensor]]) -> None:
         try:
@@ -170,7 +181,8 @@ class Step:
                 at_hand.clear()
                 return torch.tensor(result.loss, device=self.device)
             before.restore()
-            tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan)
+            loss_fn = self._loss_fn(micro_batches, before)
+            tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan, loss_fn)
             lenient.finish(self.gradients, tally)
             return torch.tensor(sum(loss for loss, _ in tally.read().values()), device=self.device)
 

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.precision import Precision
-from macrobatch.core.weighting import Tally, to_host
+from macrobatch.core.loss import to_host
+from macrobatch.core.weighting import Tally
 from macrobatch.errors import ArgumentError, LossError, NonFiniteError
 
 __all__ = ["NonFinite", "Update", "Verdict"]

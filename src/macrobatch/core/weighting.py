@@ -16,46 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_host
 from macrobatch.errors import ArgumentError, LossError
 
-__all__ = ["Constant", "Exact", "Loss", "Normalize", "Tally", "Uniform", "Weight", "make_policy"]
-
-Weight = int | float | Tensor
-"""A weight known to the host, or a 0-d tensor that stays on its device."""
-
-
-class Loss(NamedTuple):
-    """A loss as a sum and what it is a sum over: `total / weight` is its mean.
-
-    Several terms with different denominators are a dictionary of them: `{"tokens": Loss(...), "kl": Loss(...)}`.
-
-    Attributes:
-        total: 0-d tensor, the loss summed over its items.
-        weight: how many items, >= 0: a number, or a 0-d tensor (which is not read in a micro-step).
-
-    ```pycon
-    >>> per_token = torch.tensor([1.0, 2.0, 6.0])
-    >>> Loss(per_token.sum(), weight=3).mean
-    tensor(3.)
-
-    ```
-    """
-
-    total: Tensor
-    weight: Weight
-
-    @property
-    def mean(self) -> Tensor:
-        """0-d tensor: total / weight, and 0 where the weight is 0."""
-        weight = torch.as_tensor(self.weight, dtype=self.total.dtype, device=self.total.device)
-        return torch.where(weight > 0, self.total / weight, torch.zeros_like(self.total))
-
+__all__ = ["Constant", "Exact", "Normalize", "Seeds", "Tally", "Uniform", "make_policy"]
 
 @dataclass(frozen=True, slots=True)
 class Exact:
@@ -106,14 +75,6 @@ def make_policy(normalize: object) -> Normalize:
     )
 
 
-class _Part(NamedTuple):
-    """One micro-batch's share of a term: `tensor * factor` is a sum over `weight` items."""
-
-    tensor: Tensor
-    factor: float
-    weight: Weight
-
-
 @dataclass(slots=True)
 class _Term:
     """One term of the loss over the window."""
@@ -121,7 +82,7 @@ class _Term:
     expected: Weight
     promised: bool
     scale: float | Tensor = 0.0
-    parts: list[_Part] = field(default_factory=list[_Part])
+    parts: list[Part] = field(default_factory=list[Part])
 
 
 class Seeds:
@@ -154,7 +115,7 @@ class Tally:
         seeds: a cache shared between windows.
     """
 
-    __slots__ = ("_counted", "_guess", "_num", "_policy", "_seeds", "terms")
+    __slots__ = ("_counted", "_guess", "_num", "_policy", "_read", "_seeds", "terms")
 
     def __init__(
         self,
@@ -166,10 +127,11 @@ class Tally:
         seeds: Seeds | None = None,
     ) -> None:
         self._policy = policy
-        self._counted = _checked_counts(expected)
+        self._counted = checked_counts(expected)
         self._guess = guess
         self._num = num_micro_batches
         self._seeds = seeds or Seeds()
+        self._read: dict[str, tuple[float, float]] | None = None
         self.terms: dict[str, _Term] = {}
 
     def admit(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -181,7 +143,8 @@ class Tally:
         Raises:
             LossError: the output is not a loss.
         """
-        parts = _parts(output, num_samples)
+        self._read = None
+        parts = taken_apart(output, num_samples)
         if not self.terms:
             self._open(parts)
         elif parts.keys() != self.terms.keys():
@@ -190,7 +153,7 @@ class Tally:
         seeds: list[Tensor] = []
         for name, part in parts.items():
             term = self.terms[name]
-            term.parts.append(_Part(part.tensor.detach(), part.factor, part.weight))
+            term.parts.append(Part(part.tensor.detach(), part.factor, part.weight))
             if part.tensor.requires_grad:
                 tensors.append(part.tensor)
                 seeds.append(self._seed(term, part))
@@ -231,16 +194,19 @@ class Tally:
 
     def read(self) -> dict[str, tuple[float, float]]:
         """Mean loss and weight of every term, as the policy averages them. Waits for the device, once."""
+        if self._read is not None:
+            return self._read
         tensors = [part.tensor for term in self.terms.values() for part in term.parts]
         weights = [part.weight for term in self.terms.values() for part in term.parts]
         numbers = iter(to_host([*tensors, *(weight for weight in weights if isinstance(weight, Tensor))]))
         totals = [next(numbers) for _ in tensors]
         on_host = [next(numbers) if isinstance(weight, Tensor) else weight for weight in weights]
         rows = iter(zip(totals, on_host, strict=True))
-        return {
+        self._read = {
             name: self._mean([(part.factor * value, weight) for part, (value, weight) in zip(term.parts, rows)])
             for name, term in self.terms.items()
         }
+        return self._read
 
     def first_nonfinite(self) -> int | None:
         """Index of the first micro-batch whose loss is NaN or infinite. Waits for the device."""
@@ -265,7 +231,7 @@ class Tally:
             case Constant(n):
                 return n
 
-    def _open(self, parts: Mapping[str, _Part]) -> None:
+    def _open(self, parts: Mapping[str, Part]) -> None:
         counted = self._counted if self._counted is not None else {}
         if len(parts) == 1 and len(counted) == 1:
             counted = dict(zip(parts, counted.values(), strict=True))
@@ -286,7 +252,7 @@ class Tally:
             term.scale = _scale(term.expected, part.tensor.dtype, exact_later=len(parts) == 1)
             self.terms[name] = term
 
-    def _seed(self, term: _Term, part: _Part) -> Tensor:
+    def _seed(self, term: _Term, part: Part) -> Tensor:
         scale, factor = term.scale, part.factor
         if not isinstance(self._policy, Exact):  # each micro-batch enters with its mean
             if isinstance(part.weight, Tensor):
@@ -310,63 +276,6 @@ def _scale(expected: Weight, dtype: torch.dtype, *, exact_later: bool) -> float 
     return 1.0 / expected
 
 
-def _parts(output: Any, num_samples: int) -> dict[str, _Part]:
-    if isinstance(output, Tensor):  # a mean over samples
-        return {"loss": _Part(_checked_total(output), num_samples, num_samples)}
-    if isinstance(output, Loss):
-        return {"loss": _Part(_checked_total(output.total), 1.0, _checked_weight(output.weight))}
-    if isinstance(output, Mapping) and output and all(isinstance(term, Loss) for term in output.values()):
-        return {
-            name: _Part(_checked_total(term.total), 1.0, _checked_weight(term.weight)) for name, term in output.items()
-        }
-    raise LossError(
-        "what loss_fn returned",
-        given=f"{type(output).__name__}" + (f" with keys {list(output)}" if isinstance(output, Mapping) else ""),
-        expected="a 0-d tensor (a mean over samples), a Loss(total, weight), or a dict of Loss terms",
-        fix="return the loss tensor itself, for example model(**batch).loss, or Loss(total, num_tokens)",
-    )
-
-
-def _checked_total(total: object) -> Tensor:
-    if isinstance(total, Tensor) and total.ndim == 0 and total.is_floating_point():
-        return total
-    given = f"a {total.dtype} tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else repr(total)
-    raise LossError(
-        "the loss",
-        given=given,
-        expected="a real 0-d tensor",
-        fix="reduce it: .sum() together with Loss(total, weight), or .mean() over samples",
-    )
-
-
-def _checked_weight(weight: object) -> Weight:
-    if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
-        return weight.detach()
-    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight < math.inf:
-        return weight  # pyright: ignore[reportReturnType]
-    raise LossError(
-        "the weight of a Loss",
-        given=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight,
-        expected="a finite number >= 0 or a 0-d tensor",
-        fix="pass the number of items that total is a sum over, for example (labels != -100).sum()",
-    )
-
-
-def _checked_counts(expected: Mapping[str, Weight] | Weight | None) -> dict[str, Weight] | None:
-    if expected is None:
-        return None
-    terms: Mapping[Any, Weight] = expected if isinstance(expected, Mapping) else {"loss": expected}
-    try:
-        return {name: _checked_weight(weight) for name, weight in terms.items()}
-    except LossError as error:
-        raise LossError(
-            "what count returned",
-            given=error.given,
-            expected="a finite number >= 0, a 0-d tensor, or a dict of them, one per term",
-            fix="count over the whole macro-batch, for example lambda batch: (batch['labels'] != -100).sum()",
-        ) from None
-
-
 def _check_promise(name: str, expected: Weight, seen: Weight) -> None:
     if isinstance(seen, Tensor) or math.isclose(expected, seen, rel_tol=1e-9):
         return
@@ -378,7 +287,7 @@ def _check_promise(name: str, expected: Weight, seen: Weight) -> None:
     )
 
 
-def _term_error(parts: Mapping[str, _Part], terms: Mapping[str, _Term]) -> LossError:
+def _term_error(parts: Mapping[str, Part], terms: Mapping[str, _Term]) -> LossError:
     return LossError(
         "the terms of the loss",
         given=sorted(parts),
@@ -398,17 +307,3 @@ def _summed(weights: Sequence[Weight]) -> Weight:
         return on_host
     # float64 counts exactly to 2^53; adding float32 counts would round beyond 2^24 tokens.
     return torch.stack(on_device).sum(dtype=torch.float64) + on_host
-
-
-def to_host(tensors: Sequence[Tensor]) -> list[float]:
-    """The values of 0-d tensors as Python numbers: one copy and one wait per device and dtype, not one per tensor."""
-    values: dict[int, float] = {}
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor.device.type == "cpu":
-            values[i] = tensor.item()
-        else:
-            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-    for members in groups.values():
-        values.update(zip(members, torch.stack([tensors[i] for i in members]).tolist(), strict=True))
-    return [values[i] for i in range(len(tensors))]

@@ -1,0 +1,1 @@
+"""What macrobatch is tested with, for those who extend it."""

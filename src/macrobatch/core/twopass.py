@@ -1,0 +1,156 @@
+"""Losses that couple the whole macro-batch (contrastive ones): representations first, then gradients.
+
+Such a loss is not a sum over micro-batches, so no accumulation of their own losses is right. The exact way, known as
+gradient caching (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+https://arxiv.org/abs/2101.06983):
+
+```text
+1. without graph:   r_i = encode(micro-batch i)              memory: the representations only
+2. with graph:      L = loss(r_1 … r_K),   c_i = ∂L/∂r_i
+3. with graph:      r_i again, same dropout;   ∇ of <r_i, c_i>  accumulates to  ∇L
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from macrobatch import tree
+from macrobatch.core.snapshot import RngStates, Snapshot, rng_states, set_rng_states
+from macrobatch.core.loss import Loss
+from macrobatch.errors import ArgumentError, LossError
+
+__all__ = ["CoupledLoss", "TwoPass"]
+
+Encode = Callable[[Any, Any], Any]
+Couple = Callable[[Any], Tensor]
+
+
+class TwoPass:
+    """A loss function for `TrainStep` and `accumulate` whose loss needs the whole macro-batch.
+
+    Equivalent plain code: `loss(encode(model, batch)).backward()`, at the price of a second forward.
+
+    Args:
+        encode: `encode(model, micro_batch)` returns the representations of its samples: a tensor with one row per
+            sample, or a tree of them (two towers).
+        loss: from the representations of the whole macro-batch, in order, a 0-d tensor. It may use parameters of its
+            own, a temperature for one.
+
+    ```pycon
+    >>> import torch.nn.functional as F
+    >>> def encode(model, batch):
+    ...     return F.normalize(model(batch[0]), dim=1), F.normalize(model(batch[1]), dim=1)
+    >>> def loss(representations):
+    ...     left_BD, right_BD = representations
+    ...     return F.cross_entropy(left_BD @ right_BD.T / 0.1, torch.arange(len(left_BD)))
+    >>> from macrobatch import accumulate
+    >>> model, pairs = nn.Linear(4, 3), (torch.randn(6, 4), torch.randn(6, 4))
+    >>> round(float(accumulate(model, TwoPass(encode, loss), pairs, micro_batch=2).weight))
+    6
+
+    ```
+    """
+
+    def __init__(self, encode: Encode, loss: Couple) -> None:
+        for name, function in (("encode", encode), ("loss", loss)):
+            if not callable(function):
+                raise ArgumentError(f"TwoPass.{name}", given=function, expected="a function", fix="pass a function")
+        self.encode = encode
+        self.loss = loss
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        """The coupled loss of a batch taken as a whole."""
+        return self.loss(self.encode(model, batch))
+
+    def over(
+        self,
+        model: nn.Module,
+        micro_batches: Sequence[tuple[Any, int]],
+        *,
+        before: Snapshot,
+        forward: Callable[[], AbstractContextManager[Any]],
+        device: torch.device,
+    ) -> CoupledLoss:
+        """First pass over a window; returns the loss function of the second.
+
+        Args:
+            model: the module.
+            micro_batches: with their numbers of rows.
+            before: module buffers and generators at the window's start; the second pass begins from these buffers.
+            forward: the precision's context.
+            device: where the model lives.
+        """
+        states: list[RngStates] = []
+        parts: list[Any] = []
+        with torch.no_grad():
+            for micro_batch, _ in micro_batches:
+                states.append(rng_states(device))
+                with forward():
+                    parts.append(self.encode(model, tree.to_device(micro_batch, device)))
+        representations = tree.map_tensors(lambda r: r.detach().requires_grad_(r.is_floating_point()), tree.cat(parts))
+        with forward():
+            loss = self.loss(representations)
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+            raise LossError(
+                "TwoPass.loss",
+                given=f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
+                expected="a real 0-d tensor that depends on the representations",
+                fix="return the mean loss of the whole macro-batch",
+            )
+        leaves = [leaf for leaf in tree.leaves(representations) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        slopes = iter(torch.autograd.grad(loss, leaves, retain_graph=True))
+        cached = tree.map_tensors(lambda r: next(slopes) if r.requires_grad else r, representations)
+        sizes = [num_rows for _, num_rows in micro_batches]
+        after = rng_states(device)
+        before.restore()
+        return CoupledLoss(self.encode, loss, tree.split(cached, sizes), states, after, device)
+
+
+class CoupledLoss:
+    """Loss function of the second pass; to be called for the window's micro-batches in order.
+
+    What it returns sums up to the coupled loss, in value and in gradient: micro-batch i of n_i samples returns the sum
+    `n_i · L` over n_i samples, with the gradient of `N · <r_i, c_i>`. The parameters that the loss itself uses get
+    their part with the first micro-batch.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        loss: Tensor,
+        slopes: list[Any],
+        states: list[RngStates],
+        after: RngStates,
+        device: torch.device,
+    ) -> None:
+        self._encode = encode
+        self._loss: Tensor | None = loss
+        self._value = loss.detach()
+        self._slopes = slopes
+        self._states = states
+        self._after = after
+        self._device = device
+        self._num_samples = sum(map(tree.num_rows, slopes))
+        self._index = 0
+
+    def __call__(self, model: Any, micro_batch: Any) -> Loss:
+        index, self._index = self._index, self._index + 1
+        set_rng_states(self._device, self._states[index])
+        representations = tree.leaves(self._encode(model, micro_batch))
+        slopes = tree.leaves(self._slopes[index])
+        aligned = torch.zeros_like(self._value)
+        for r, c in zip(representations, slopes, strict=True):
+            if isinstance(r, Tensor) and r.requires_grad:
+                aligned = aligned + (r * c).sum(dtype=aligned.dtype)
+        if self._loss is not None:
+            aligned, self._loss = aligned + self._loss, None
+        if index == len(self._states) - 1:
+            set_rng_states(self._device, self._after)
+        num_rows = tree.num_rows(micro_batch)
+        return Loss(self._num_samples * (aligned - aligned.detach()) + num_rows * self._value, num_rows)

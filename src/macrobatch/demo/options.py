@@ -1,0 +1,62 @@
+"""What can be chosen about the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from macrobatch.errors import ArgumentError
+
+__all__ = ["DemoOptions"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoOptions:
+    """Settings shared by the three trainings, so that they differ in nothing but how a macro-batch is worked off.
+
+    Args:
+        epochs: passes over the 1,437 training images.
+        macro_batch: samples per update. The training set should not be a multiple of it: the short window that is
+            left at the end of each epoch is where the three ways part.
+        micro_batch: samples per forward and backward, at most `macro_batch`.
+        lr: peak of the one-cycle learning rate of AdamW.
+        seed: draws the initial weights and the order of the samples.
+        num_threads: CPU threads for PyTorch; None leaves its own choice.
+        out: folder for the results, made if it is not there.
+
+    Raises:
+        ArgumentError: an option is out of its domain.
+    """
+
+    epochs: int = 20
+    macro_batch: int = 256
+    micro_batch: int = 16
+    lr: float = 5e-3
+    seed: int = 0
+    num_threads: int | None = None
+    out: Path = Path("runs/demo")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "macro_batch", "micro_batch"):
+            _check_positive(name, getattr(self, name))
+        if self.num_threads is not None:
+            _check_positive("num_threads", self.num_threads)
+        if self.micro_batch > self.macro_batch:
+            raise ArgumentError(
+                "micro_batch",
+                given=self.micro_batch,
+                expected=f"at most the macro_batch of {self.macro_batch}",
+                fix="pass a smaller micro_batch",
+            )
+        if not 0 < self.lr < 1:
+            raise ArgumentError("lr", given=self.lr, expected="a number in (0, 1)", fix="leave it at 0.005")
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a full window; the constant N that the textbook loop divides by."""
+        return -(-self.macro_batch // self.micro_batch)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(name, given=value, expected="an integer >= 1", fix=f"leave {name} at its default")
