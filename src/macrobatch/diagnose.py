@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from macrobatch import tree
 from macrobatch.core.loss import Loss
@@ -118,7 +117,7 @@ def _tested(module: nn.Module, culprit: str, call: Call, sizes: Sequence[int]) -
     try:
         parts = rows(cut)
     except (RuntimeError, ValueError, IndexError):  # it takes the whole batch and refuses a part
-        parts = torch.full((), torch.nan) if isinstance(module, _BatchNorm) else None
+        parts = torch.full((), torch.nan) if _is_batch_norm(module) else None
     if whole is None or again is None or parts is None or _agree(whole, parts):
         return None
     if not _agree(whole, again):
@@ -127,7 +126,7 @@ def _tested(module: nn.Module, culprit: str, call: Call, sizes: Sequence[int]) -
             reason="draws random numbers, and a micro-batch draws others than the whole batch does",
             advice="That is no error of accumulation; prove the rest in eval() or with its probability at 0",
         )
-    if isinstance(module, _BatchNorm):
+    if _is_batch_norm(module):
         return Finding(
             culprit=culprit,
             reason="normalises with the statistics of each micro-batch instead of the macro-batch's",
@@ -138,6 +137,10 @@ def _tested(module: nn.Module, culprit: str, call: Call, sizes: Sequence[int]) -
         reason="gives a sample another output when it stands in another batch",
         advice="Let it treat each sample by itself, or compute it over the whole macro-batch with TwoPass",
     )
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Every environment variable that macrobatch reads, and what this machine has. No other module reads the environment."""
+"""Every environment variable that macrobatch reads, and what this machine has. Nothing else reads the environment."""
 
 from __future__ import annotations
 

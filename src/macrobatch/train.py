@@ -14,15 +14,15 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from macrobatch import tree
 from macrobatch.core.events import Listener
 from macrobatch.core.gradients import GradientBuffer, refuse_sparse
+from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
 from macrobatch.core.step import LossFn, MicroBatch, Plan, Step
 from macrobatch.core.update import NonFinite, Update
-from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.weighting import Normalize, make_policy
 from macrobatch.core.window import Window
 from macrobatch.errors import ArgumentError, StateError
-from macrobatch.plan.split import Rows, Split, make_split
+from macrobatch.plan.split import Split, make_split
 
 __all__ = ["TrainStep", "accumulate"]
 
@@ -173,7 +173,7 @@ class TrainStep:
         """
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
         if not isinstance(micro_batches, Sequence):
-            return self._run(counted, Plan(sys.maxsize, 1, expected))
+            return self._run(counted, Plan(None, 1, expected))
         counted = list(counted)
         return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))
 
@@ -200,7 +200,7 @@ class TrainStep:
         self._window.load_state_dict(state["window"])
 
     def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
-        self._window.size = max(plan.num_micro_batches, 1)
+        self._window.size = plan.num_micro_batches or sys.maxsize
         return self._step.run(micro_batches, plan)
 
 
@@ -224,7 +224,7 @@ def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: in
     >>> model = nn.Linear(2, 1, bias=False)
     >>> loss = accumulate(model, lambda model, x: model(x).mean(), torch.arange(6.0).view(3, 2), micro_batch=2)
     >>> model.weight.grad, loss.weight
-    (tensor([[2., 3.]]), 3)
+    (tensor([[2., 3.]]), 3.0)
 
     ```
     """

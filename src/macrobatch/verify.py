@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
-from macrobatch.core.step import LossFn
 from macrobatch.core.loss import Loss
+from macrobatch.core.step import LossFn
 from macrobatch.diagnose import Finding, coupling_modules, loss_findings
 from macrobatch.errors import LossError
 from macrobatch.plan.split import Split, make_split

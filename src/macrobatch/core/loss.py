@@ -90,8 +90,8 @@ def _checked_total(total: object) -> Tensor:
 def _checked_weight(weight: object) -> Weight:
     if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
         return weight.detach()
-    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight < math.inf:
-        return weight  # pyright: ignore[reportReturnType]
+    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= float(weight) < math.inf:
+        return float(weight)
     raise LossError(
         "the weight of a Loss",
         given=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight,

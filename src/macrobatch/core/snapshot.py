@@ -32,8 +32,7 @@ class Snapshot:
         self._buffers = [
             (module, name, buffer, buffer.detach().clone())
             for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, buffer in module.named_buffers(recurse=False)
         ]
         self._rng = rng_states(device)
 
@@ -42,7 +41,7 @@ class Snapshot:
         with torch.no_grad():
             for module, name, buffer, saved in self._buffers:
                 buffer.copy_(saved)
-                module._buffers[name] = buffer
+                setattr(module, name, buffer)
         set_rng_states(self._device, self._rng)
 
 

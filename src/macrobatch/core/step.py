@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from macrobatch import tree
 from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Updated
-from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.gradients import GradientBuffer, backward
+from macrobatch.core.loss import Weight
 from macrobatch.core.result import StepResult
 from macrobatch.core.snapshot import Snapshot
 from macrobatch.core.twopass import TwoPass
 from macrobatch.core.update import Update, Verdict
-from macrobatch.core.loss import Weight
 from macrobatch.core.weighting import Normalize, Seeds, Tally
 from macrobatch.core.window import Window
 from macrobatch.errors import BatchError
@@ -32,12 +32,12 @@ class Plan(NamedTuple):
     """What is known of a window before its first backward.
 
     Attributes:
-        num_micro_batches: how many, or a guess.
+        num_micro_batches: how many, or None if that is not known.
         guess: the window's weight if nobody counted it; only fp16's range depends on it being near.
         expected: the window's weight, counted ahead, per term or for the only one.
     """
 
-    num_micro_batches: int
+    num_micro_batches: int | None
     guess: float
     expected: Mapping[str, Weight] | Weight | None = None
 
@@ -147,7 +147,7 @@ class Step:
             with precision.forward():
                 output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
             totals, seeds = tally.admit(output, num_rows)
-            torch.autograd.backward(totals, precision.seeds(seeds))
+            backward(totals, precision.seeds(seeds))
             del output, totals  # the graph is gone before the next forward
             if self.listeners:
                 self._emit(MicroBatchDone(index=index, is_last=is_last))

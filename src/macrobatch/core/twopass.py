@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
-from macrobatch.core.snapshot import RngStates, Snapshot, rng_states, set_rng_states
 from macrobatch.core.loss import Loss
+from macrobatch.core.snapshot import RngStates, Snapshot, rng_states, set_rng_states
 from macrobatch.errors import ArgumentError, LossError
 
 __all__ = ["CoupledLoss", "TwoPass"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.precision import Precision
 from macrobatch.core.loss import to_host
+from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import Tally
 from macrobatch.errors import ArgumentError, LossError, NonFiniteError
 
@@ -108,7 +108,7 @@ class Update:
                 returns its loss.
         """
         if self.replays:
-            self.optimizers[0].step(replay())  # pyright: ignore[reportArgumentType]
+            self.optimizers[0].step(replay())  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             with gradients.lent_to(self.optimizers):
                 for optimizer in self.optimizers:

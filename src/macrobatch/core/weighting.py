@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_h
 from macrobatch.errors import ArgumentError, LossError
 
 __all__ = ["Constant", "Exact", "Normalize", "Seeds", "Tally", "Uniform", "make_policy"]
+
 
 @dataclass(frozen=True, slots=True)
 class Exact:
@@ -75,32 +76,35 @@ def make_policy(normalize: object) -> Normalize:
     )
 
 
-@dataclass(slots=True)
-class _Term:
-    """One term of the loss over the window."""
-
-    expected: Weight
-    promised: bool
-    scale: float | Tensor = 0.0
-    parts: list[Part] = field(default_factory=list[Part])
-
-
 class Seeds:
-    """0-d tensors that backwards start from, made once per value: filled on their device, without a copy from the host."""
+    """0-d tensors that backwards start from, made once per value and on their device, without a copy from the host."""
 
     __slots__ = ("_made",)
 
     def __init__(self) -> None:
-        self._made: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self._made: dict[tuple[torch.dtype, torch.device], dict[float, Tensor]] = {}
 
-    def __call__(self, value: float, like: Tensor) -> Tensor:
-        key = (value, like.dtype, like.device)
-        seed = self._made.get(key)
-        if seed is None:
-            if len(self._made) >= 1024:
-                self._made.clear()
-            seed = self._made[key] = torch.full((), value, dtype=like.dtype, device=like.device)
-        return seed
+    def like(self, tensor: Tensor) -> dict[float, Tensor]:
+        """Those made so far for a tensor's dtype and device, by value."""
+        made = self._made.setdefault((tensor.dtype, tensor.device), {})
+        if len(made) >= 1024:
+            made.clear()
+        return made
+
+
+class _Term:
+    """One term of the loss over the window, by micro-batch: `tensors[i] * factors[i]` is a sum over `weights[i]`."""
+
+    __slots__ = ("expected", "factors", "promised", "scale", "seeds", "tensors", "weights")
+
+    def __init__(self, expected: Weight, *, promised: bool, scale: float | Tensor, seeds: dict[float, Tensor]) -> None:
+        self.expected = expected
+        self.promised = promised
+        self.scale = scale
+        self.seeds = seeds
+        self.tensors: list[Tensor] = []
+        self.factors: list[float] = []
+        self.weights: list[Weight] = []
 
 
 class Tally:
@@ -111,7 +115,7 @@ class Tally:
         expected: the weight the whole window should have, one per term or one for the only term, from a count made
             ahead. None if nobody counted.
         guess: the weight to expect where nobody counted; a power-of-ten error in it costs nothing but fp16 range.
-        num_micro_batches: how many there will be, as far as known.
+        num_micro_batches: how many there will be, or None if that is not known.
         seeds: a cache shared between windows.
     """
 
@@ -123,7 +127,7 @@ class Tally:
         *,
         expected: Mapping[str, Weight] | Weight | None = None,
         guess: float,
-        num_micro_batches: int,
+        num_micro_batches: int | None,
         seeds: Seeds | None = None,
     ) -> None:
         self._policy = policy
@@ -151,12 +155,14 @@ class Tally:
             raise _term_error(parts, self.terms)
         tensors: list[Tensor] = []
         seeds: list[Tensor] = []
-        for name, part in parts.items():
+        for name, (tensor, factor, weight) in parts.items():
             term = self.terms[name]
-            term.parts.append(Part(part.tensor.detach(), part.factor, part.weight))
-            if part.tensor.requires_grad:
-                tensors.append(part.tensor)
-                seeds.append(self._seed(term, part))
+            term.tensors.append(tensor.detach())
+            term.factors.append(factor)
+            term.weights.append(weight)
+            if tensor.requires_grad:
+                tensors.append(tensor)
+                seeds.append(self._seed(term, tensor, factor, weight))
         if not tensors:
             raise LossError(
                 "the loss",
@@ -168,7 +174,7 @@ class Tally:
 
     def weights(self) -> dict[str, Weight]:
         """The weight the window has seen so far, per term: a number if all of it was known to the host."""
-        return {name: _summed([part.weight for part in term.parts]) for name, term in self.terms.items()}
+        return {name: _summed(term.weights) for name, term in self.terms.items()}
 
     def correction(self, weights: Mapping[str, Weight]) -> float | Tensor:
         """What the accumulated gradient has to be multiplied by; the number 1 if by nothing.
@@ -183,8 +189,8 @@ class Tally:
             for name, term in self.terms.items():
                 if term.promised:
                     _check_promise(name, term.expected, weights[name])
-            if len(self.terms) > 1:
-                return 1.0
+        if len(self.terms) > 1:
+            return 1.0
         (term,), (weight,) = self.terms.values(), weights.values()
         due, scale = self._denominator(term, weight), term.scale
         if isinstance(due, Tensor) or isinstance(scale, Tensor):
@@ -196,29 +202,31 @@ class Tally:
         """Mean loss and weight of every term, as the policy averages them. Waits for the device, once."""
         if self._read is not None:
             return self._read
-        tensors = [part.tensor for term in self.terms.values() for part in term.parts]
-        weights = [part.weight for term in self.terms.values() for part in term.parts]
-        numbers = iter(to_host([*tensors, *(weight for weight in weights if isinstance(weight, Tensor))]))
-        totals = [next(numbers) for _ in tensors]
-        on_host = [next(numbers) if isinstance(weight, Tensor) else weight for weight in weights]
-        rows = iter(zip(totals, on_host, strict=True))
+        terms = self.terms.values()
+        tensors = [tensor for term in terms for tensor in term.tensors]
+        on_device = [weight for term in terms for weight in term.weights if isinstance(weight, Tensor)]
+        numbers = to_host([*tensors, *on_device] if on_device else tensors)
+        totals, weights = iter(numbers), iter(numbers[len(tensors) :])
         self._read = {
-            name: self._mean([(part.factor * value, weight) for part, (value, weight) in zip(term.parts, rows)])
+            name: self._mean(
+                [factor * total for factor, total in zip(term.factors, totals, strict=False)],
+                [next(weights) if isinstance(weight, Tensor) else weight for weight in term.weights],
+            )
             for name, term in self.terms.items()
         }
         return self._read
 
     def first_nonfinite(self) -> int | None:
         """Index of the first micro-batch whose loss is NaN or infinite. Waits for the device."""
-        columns = [to_host([part.tensor for part in term.parts]) for term in self.terms.values()]
+        columns = [to_host(term.tensors) for term in self.terms.values()]
         bad = [i for i, row in enumerate(zip(*columns, strict=True)) if not all(map(math.isfinite, row))]
         return bad[0] if bad else None
 
-    def _mean(self, parts: list[tuple[float, float]]) -> tuple[float, float]:
-        weight = math.fsum(w for _, w in parts)
+    def _mean(self, totals: list[float], weights: list[float]) -> tuple[float, float]:
+        weight = math.fsum(weights)
         if isinstance(self._policy, Exact):
-            return (math.fsum(total for total, _ in parts) / weight if weight else 0.0), weight
-        means = [total / w for total, w in parts if w]
+            return (math.fsum(totals) / weight if weight else 0.0), weight
+        means = [total / w for total, w in zip(totals, weights, strict=True) if w]
         num = self._policy.num_micro_batches if isinstance(self._policy, Constant) else len(means)
         return (math.fsum(means) / num if means else 0.0), weight
 
@@ -227,7 +235,7 @@ class Tally:
             case Exact():
                 return weight
             case Uniform():
-                return _summed([_counts(part.weight) for part in term.parts])
+                return _summed([_counts(weight) for weight in term.weights])
             case Constant(n):
                 return n
 
@@ -243,33 +251,47 @@ class Tally:
                 fix="pass count=lambda batch: {term: weight of the macro-batch, ...} with these names, "
                 "or add the terms up if they share a weight",
             )
+        if isinstance(self._policy, Uniform) and self._num is None and len(parts) > 1:
+            raise LossError(
+                "the loss",
+                given=f"{len(parts)} terms, in a stream of unknown length",
+                expected='the number of micro-batches, to give each the same share (normalize="uniform")',
+                fix='pass the micro-batches as a list, or leave normalize at "exact"',
+            )
         for name, part in parts.items():
-            term = _Term(counted.get(name, self._guess), name in counted)
+            expected = counted.get(name, self._guess)
             if isinstance(self._policy, Uniform):
-                term.expected = self._num
+                expected = self._num or 1
             elif isinstance(self._policy, Constant):
-                term.expected = self._policy.num_micro_batches
-            term.scale = _scale(term.expected, part.tensor.dtype, exact_later=len(parts) == 1)
-            self.terms[name] = term
+                expected = self._policy.num_micro_batches
+            self.terms[name] = _Term(
+                expected,
+                promised=name in counted,
+                scale=_scale(expected, part.tensor.dtype, corrected=len(parts) == 1),
+                seeds=self._seeds.like(part.tensor),
+            )
 
-    def _seed(self, term: _Term, part: Part) -> Tensor:
-        scale, factor = term.scale, part.factor
+    def _seed(self, term: _Term, tensor: Tensor, factor: float, weight: Weight) -> Tensor:
+        scale = term.scale
         if not isinstance(self._policy, Exact):  # each micro-batch enters with its mean
-            if isinstance(part.weight, Tensor):
-                weight = part.weight.to(part.tensor.dtype)
+            if isinstance(weight, Tensor):
+                weight = weight.to(tensor.dtype)
                 return torch.where(weight > 0, scale * factor / weight, torch.zeros_like(weight))
-            factor = factor / part.weight if part.weight else 0.0
+            factor = factor / weight if weight else 0.0
         if isinstance(scale, Tensor):
-            return (scale * factor).to(part.tensor)
-        return self._seeds(scale * factor, part.tensor)
+            return (scale * factor).to(tensor)
+        seed = term.seeds.get(scale * factor)
+        if seed is None:
+            seed = term.seeds[scale * factor] = torch.full((), scale * factor, dtype=tensor.dtype, device=tensor.device)
+        return seed
 
 
-def _scale(expected: Weight, dtype: torch.dtype, *, exact_later: bool) -> float | Tensor:
+def _scale(expected: Weight, dtype: torch.dtype, *, corrected: bool) -> float | Tensor:
     if isinstance(expected, Tensor):
         return torch.where(expected > 0, 1.0 / expected, torch.zeros((), device=expected.device))
     if expected <= 0:
         return 0.0
-    if exact_later and dtype in (torch.bfloat16, torch.float16):
+    if corrected and dtype in (torch.bfloat16, torch.float16):
         # A power of two survives the rounding of a 16-bit loss; the correction at the close, in the gradient's
         # precision, supplies the rest.
         return 2.0 ** -round(math.log2(expected))

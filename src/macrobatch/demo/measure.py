@@ -29,9 +29,12 @@ def flat_weights(model: nn.Module) -> Tensor:
 
 def flat_gradient(model: nn.Module) -> Tensor:
     """A copy of all gradients, (P,); a parameter without one counts as zero."""
-    return torch.cat([
-        torch.zeros_like(param).flatten() if param.grad is None else param.grad.flatten() for param in model.parameters()
-    ])
+    return torch.cat(
+        [
+            torch.zeros_like(param).flatten() if param.grad is None else param.grad.flatten()
+            for param in model.parameters()
+        ]
+    )
 
 
 def relative_error(gradient_P: Tensor, reference_P: Tensor) -> float:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from macrobatch.demo.data import Digits
@@ -42,7 +43,7 @@ class TrainingRecord:
         losses: loss of each window as the loop itself reports it.
         test_accuracies, test_losses: after each epoch, accuracy in [0, 1].
         train_s: seconds in windows alone, without loading, testing and measuring.
-        saved_bytes: peak of the bytes saved for the backward in the second window, a full one.
+        saved_bytes: peak of the bytes saved for the backward in the first window, a full one.
         gradient_errors: of the windows that were checked against fp64.
     """
 
@@ -73,8 +74,8 @@ class WindowSeen:
 
     update: int
     batch: tuple[Tensor, Tensor]
-    weights_P: Tensor | None
-    gradient_P: Tensor | None = None
+    weights_P: Tensor
+    gradient_P: Tensor = field(default_factory=lambda: torch.empty(0))
     loss: float = float("nan")
 
 
@@ -85,7 +86,6 @@ class Recorder:
         record: is filled.
         digits: for the test after each epoch.
         options: how many epochs there are.
-        windows_per_epoch: after so many windows the model is tested.
         pause: called after each window; may raise KeyboardInterrupt to stop there.
     """
 
@@ -95,13 +95,12 @@ class Recorder:
         digits: Digits,
         *,
         options: DemoOptions,
-        windows_per_epoch: int,
         pause: Callable[[], None],
     ) -> None:
         self.record = record
         self.windows_seen: list[WindowSeen] = []
         self._digits = digits
-        self._windows_per_epoch = windows_per_epoch
+        self._windows_per_epoch = record.num_updates // options.epochs
         self._epoch_stride = -(-options.epochs // _MOST_EPOCHS_CHECKED)
         self._pause = pause
 
@@ -111,10 +110,8 @@ class Recorder:
         update = len(self.record.losses) + 1
         epoch, position = divmod(update - 1, self._windows_per_epoch)
         is_checked = epoch % self._epoch_stride == 0
-        # Not the first window: what is made once, such as a gradient buffer, is no activation.
-        is_weighed = update == min(2, self.record.num_updates)
-        saved = SavedBytes([*model.parameters(), *batch]) if is_weighed else None
-        seen = WindowSeen(update=update, batch=batch, weights_P=flat_weights(model) if is_checked else None)
+        saved = SavedBytes([*model.parameters(), *batch]) if update == 1 else None
+        seen = WindowSeen(update=update, batch=batch, weights_P=flat_weights(model))
         start_s = time.perf_counter()
         with saved or nullcontext():
             yield seen

@@ -50,7 +50,7 @@ def train_macrobatch(digits: Digits, options: DemoOptions, recorder: Recorder) -
     model = make_model(options.seed)
     optimizer, scheduler = make_optimizer(model, options, len(loader))
     step = mb.TrainStep(model, optimizer, loss_fn, micro_batch=options.micro_batch, scheduler=scheduler)
-    for batch in mb.track(loader, step):
+    for batch in mb.track(loader, step, desc="macrobatch"):
         with recorder.window(model, batch) as window:
             result = step(batch)
             window.loss = result.loss
@@ -61,7 +61,7 @@ def train_full_batch(digits: Digits, options: DemoOptions, recorder: Recorder) -
     loader = make_loader(digits, options)
     model = make_model(options.seed)
     optimizer, scheduler = make_optimizer(model, options, len(loader))
-    for batch in tqdm(loader, desc="full batch", unit="update"):
+    for batch in tqdm(loader, desc="full batch", unit="window"):
         with recorder.window(model, batch) as window:
             optimizer.zero_grad()
             loss = loss_fn(model, batch)
@@ -76,7 +76,7 @@ def train_textbook(digits: Digits, options: DemoOptions, recorder: Recorder) -> 
     loader = make_loader(digits, options)
     model = make_model(options.seed)
     optimizer, scheduler = make_optimizer(model, options, len(loader))
-    for batch in tqdm(loader, desc="textbook", unit="update"):
+    for batch in tqdm(loader, desc="textbook", unit="window"):
         with recorder.window(model, batch) as window:
             optimizer.zero_grad()
             window.loss = textbook_backward(model, batch, options)

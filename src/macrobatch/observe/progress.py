@@ -127,12 +127,10 @@ class _Meter:
 
 
 def _short(value: float) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000:
-            break
-        value /= 1000
-    else:
-        prefix = "T"
+    prefixes = iter("kMGT")
+    prefix = ""
+    while value >= 1000:
+        value, prefix = value / 1000, next(prefixes)
     return f"{value:.3g}{prefix}"
 
 

@@ -1,0 +1,136 @@
+"""What a step costs beyond its forwards and backwards: a tiny MLP, windows of 8, one CPU thread.
+
+    python benchmarks/overhead.py [--rounds 200] [--profile]
+
+The work per micro-step is so small that little else than overhead is left to see. The hand loop is the shortest one
+that is right for equal micro-batches; it neither checks nor reports anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import cProfile
+import pstats
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import paired, save, table
+from torch import nn
+
+import macrobatch as mb
+
+NUM_MICRO_BATCHES = 8
+ROWS = 8
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    x_BC = torch.randn(NUM_MICRO_BATCHES * ROWS, 16)
+    y_B = torch.randint(0, 4, (NUM_MICRO_BATCHES * ROWS,))
+    contenders: dict[str, Callable[[], object]] = {
+        "hand loop": hand_loop(copy.deepcopy(model), x_BC, y_B),
+        "hand loop, clip and loss": hand_loop(copy.deepcopy(model), x_BC, y_B, clip_norm=1e9),
+        "TrainStep": train_step(copy.deepcopy(model), x_BC, y_B, {}),
+        "TrainStep, clip_norm": train_step(copy.deepcopy(model), x_BC, y_B, {"clip_norm": 1e9}),
+        "TrainStep, nonfinite=ignore": train_step(copy.deepcopy(model), x_BC, y_B, {"nonfinite": "ignore"}),
+        "Accelerate": accelerate(copy.deepcopy(model), x_BC, y_B),
+        "Lightning Fabric": fabric(copy.deepcopy(model), x_BC, y_B),
+    }
+    if options.profile:
+        profile(contenders["TrainStep"])
+        return
+    rows = paired(contenders, rounds=options.rounds, calls=20, unit_per_call=NUM_MICRO_BATCHES)
+    print(table("tiny MLP, 8 micro-batches of 8, one CPU thread", rows))
+    print("written to", save("overhead", {"rounds": options.rounds, "rows": rows}, options.out))
+
+
+def hand_loop(
+    model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor, *, clip_norm: float | None = None
+) -> Callable[[], object]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def update() -> float:
+        total = torch.zeros(())
+        for x, y in zip(x_BC.split(ROWS), y_B.split(ROWS), strict=True):
+            loss = F.cross_entropy(model(x), y) / NUM_MICRO_BATCHES
+            loss.backward()
+            if clip_norm is not None:
+                total += loss.detach()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return 0.0 if clip_norm is None else total.item()
+
+    return update
+
+
+def train_step(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor, options: dict) -> Callable[[], object]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    step = mb.TrainStep(
+        model, optimizer, lambda model, b: F.cross_entropy(model(b[0]), b[1]), micro_batch=ROWS, **options
+    )
+    return lambda: step((x_BC, y_B))
+
+
+def accelerate(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor) -> Callable[[], object]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(gradient_accumulation_steps=NUM_MICRO_BATCHES, cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+
+    def update() -> None:
+        for x, y in zip(x_BC.split(ROWS), y_B.split(ROWS), strict=True):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return update
+
+
+def fabric(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor) -> Callable[[], object]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning.fabric import Fabric
+
+        fabric = Fabric(accelerator="cpu", devices=1)
+        model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+
+    def update() -> None:
+        for i, (x, y) in enumerate(zip(x_BC.split(ROWS), y_B.split(ROWS), strict=True)):
+            with fabric.no_backward_sync(model, enabled=i < NUM_MICRO_BATCHES - 1):
+                fabric.backward(F.cross_entropy(model(x), y) / NUM_MICRO_BATCHES)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def profile(update: Callable[[], object]) -> None:
+    """Where the time of `TrainStep` goes, by Python function."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(500):
+        update()
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--profile", action="store_true", help="print a profile of TrainStep instead")
+    parser.add_argument("--out", type=Path, help="folder for the JSON instead of benchmarks/results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
