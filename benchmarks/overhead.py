@@ -1,6 +1,6 @@
 """What a step costs beyond its forwards and backwards: a tiny MLP, windows of 8, one CPU thread.
 
-    python benchmarks/overhead.py [--rounds 200] [--profile]
+    python benchmarks/overhead.py [--rounds 200] [--device cuda] [--profile]
 
 The work per micro-step is so small that little else than overhead is left to see. The hand loop is the shortest one
 that is right for equal micro-batches; it neither checks nor reports anything.
@@ -31,9 +31,10 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
-    x_BC = torch.randn(NUM_MICRO_BATCHES * ROWS, 16)
-    y_B = torch.randint(0, 4, (NUM_MICRO_BATCHES * ROWS,))
+    device = torch.device(options.device)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).to(device)
+    x_BC = torch.randn(NUM_MICRO_BATCHES * ROWS, 16, device=device)
+    y_B = torch.randint(0, 4, (NUM_MICRO_BATCHES * ROWS,), device=device)
     contenders: dict[str, Callable[[], object]] = {
         "hand loop": hand_loop(copy.deepcopy(model), x_BC, y_B),
         "hand loop, clip and loss": hand_loop(copy.deepcopy(model), x_BC, y_B, clip_norm=1e9),
@@ -47,8 +48,8 @@ def main() -> None:
         profile(contenders["TrainStep"])
         return
     rows = paired(contenders, rounds=options.rounds, calls=20, unit_per_call=NUM_MICRO_BATCHES)
-    print(table("tiny MLP, 8 micro-batches of 8, one CPU thread", rows))
-    print("written to", save("overhead", {"rounds": options.rounds, "rows": rows}, options.out))
+    print(table(f"tiny MLP, 8 micro-batches of 8, on {options.device}, one CPU thread", rows))
+    print("written to", save(f"overhead-{options.device}", {"rounds": options.rounds, "rows": rows}, options.out))
 
 
 def hand_loop(
@@ -57,7 +58,7 @@ def hand_loop(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def update() -> float:
-        total = torch.zeros(())
+        total = torch.zeros((), device=x_BC.device)
         for x, y in zip(x_BC.split(ROWS), y_B.split(ROWS), strict=True):
             loss = F.cross_entropy(model(x), y) / NUM_MICRO_BATCHES
             loss.backward()
@@ -83,7 +84,7 @@ def train_step(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor, options:
 def accelerate(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor) -> Callable[[], object]:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(gradient_accumulation_steps=NUM_MICRO_BATCHES, cpu=True)
+    accelerator = Accelerator(gradient_accumulation_steps=NUM_MICRO_BATCHES, cpu=x_BC.device.type == "cpu")
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
 
     def update() -> None:
@@ -101,7 +102,7 @@ def fabric(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor) -> Callable[
         warnings.simplefilter("ignore")
         from lightning.fabric import Fabric
 
-        fabric = Fabric(accelerator="cpu", devices=1)
+        fabric = Fabric(accelerator=x_BC.device.type, devices=1)
         model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1e-3))
 
     def update() -> None:
@@ -127,6 +128,7 @@ def profile(update: Callable[[], object]) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--profile", action="store_true", help="print a profile of TrainStep instead")
     parser.add_argument("--out", type=Path, help="folder for the JSON instead of benchmarks/results")
     return parser.parse_args()

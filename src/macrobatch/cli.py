@@ -36,11 +36,20 @@ def _options(debug: Annotated[bool, typer.Option(_DEBUG, help="Show the tracebac
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set, for each of the three ways.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for plots, page and numbers.")] = Path("runs/demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set, for each of the three ways.")] = 20,
+    macro_batch: Annotated[int, typer.Option(min=1, help="Samples per update.")] = 256,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Samples per forward and backward.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for plots, page and numbers.")] = Path("runs/demo"),
 ) -> None:
-    """Train a ResNet on handwritten digits three ways: exact windows, the whole batch, and the textbook loop."""
+    """Train a ResNet on handwritten digits three ways: exact windows, the whole batch, and the textbook loop.
+
+    Needs scikit-learn and matplotlib (the extra "demo"). Ctrl-C stops early and writes what was finished.
+    """
+    from macrobatch.demo import DemoOptions, run
+
+    options = DemoOptions(epochs=epochs, macro_batch=macro_batch, micro_batch=micro_batch, seed=seed, out=out)
+    raise typer.Exit(run(options).exit_code)
 
 
 @app.command()

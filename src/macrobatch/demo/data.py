@@ -50,11 +50,11 @@ def load_digits() -> Digits:
     """
     from sklearn import datasets, model_selection
 
-    digits = datasets.load_digits()
-    images_NCHW = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
-    labels_N = torch.tensor(digits.target, dtype=torch.int64)
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images_NCHW = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
+    labels_N = torch.tensor(labels, dtype=torch.int64)
     train, test = model_selection.train_test_split(
-        range(len(labels_N)), test_size=_TEST_SHARE, stratify=digits.target, random_state=0
+        range(len(labels_N)), test_size=_TEST_SHARE, stratify=labels, random_state=0
     )
     std, mean = torch.std_mean(images_NCHW[train])
     images_NCHW = (images_NCHW - mean) / std

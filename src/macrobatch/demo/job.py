@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,9 +153,9 @@ def _require_folder(out: Path) -> None:
 
 
 @contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
+def _threads(num_threads: int) -> Generator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
+    torch.set_num_threads(num_threads)
     try:
         yield
     finally:

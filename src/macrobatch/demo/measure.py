@@ -1,6 +1,7 @@
 """What the demo measures: how wrong a gradient is, how many bytes wait for the backward, how good the model is.
 
-Shape letters: P all parameters of a model in one vector, N samples, B samples of a batch, C channels, H height, W width.
+Shape letters: P all parameters of a model in one vector, N samples, B samples of a
+batch, C channels, H height, W width.
 """
 
 from __future__ import annotations

@@ -26,12 +26,13 @@ _CAPTIONS = {
     ),
     "loss.png": (
         "Loss of each update for the three ways",
-        "The teeth of the textbook curve are its short windows: fewer means, divided by the same N. They are no progress.",
+        "The teeth of the textbook curve are its short windows: fewer means, divided by the same N. They are no "
+        "progress.",
     ),
     "accuracy.png": (
         "Test accuracy after each epoch for the three ways",
-        "All start from the same weights. macrobatch and the full batch differ by rounding alone, which can move single "
-        "images to the other side.",
+        "All start from the same weights. macrobatch and the full batch differ by rounding alone, which can move "
+        "single images to the other side.",
     ),
 }
 

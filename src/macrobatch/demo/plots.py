@@ -61,7 +61,7 @@ def draw(report: DemoReport, plot: Callable[[Any, DemoReport, Theme], None], the
     from matplotlib.figure import Figure
 
     ink = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    settings: dict[str, Any] = dict.fromkeys(ink, theme.ink) | {
+    settings: Any = dict.fromkeys(ink, theme.ink) | {
         "axes.edgecolor": theme.faint,
         "axes.facecolor": theme.paper,
         "figure.facecolor": theme.paper,
@@ -137,7 +137,7 @@ def plot_gradient_error(axes: Any, report: DemoReport, theme: Theme) -> None:
                 zorder=_LINES[training.name]["zorder"] + 3 * short,
             )
     axes.set(
-        title="Gradient error of each window, against fp64",
+        title="Gradient error against fp64, window by window",
         xlabel="update",
         ylabel="relative error of the gradient",
         yscale="log",

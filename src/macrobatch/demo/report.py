@@ -73,7 +73,6 @@ class DemoReport:
             "num_test": None if self.digits is None else self.digits.num_test,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "num_threads": torch.get_num_threads(),
             "trainings": [
                 asdict(training)
                 | {
@@ -104,7 +103,7 @@ def rows(report: DemoReport) -> list[tuple[str, ...]]:
 def make_table(report: DemoReport) -> Table:
     """The rows as a table for the terminal."""
     title = "Handwritten digits, three ways" + (" (stopped early)" if report.stopped_early else "")
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", vertical="bottom")
     for row in rows(report):
@@ -129,8 +128,8 @@ def verdict(report: DemoReport) -> str:
     equal = textbook and textbook.worst_error(short=False)
     if short and equal and equal < _ROUNDING < short:
         parts.append(
-            f"The textbook loop is right on full windows, and up to {100 * short:.0f} % wrong on the short last window of "
-            "each epoch."
+            f"The textbook loop is right on full windows, and up to {100 * short:.0f} % wrong on the short last window "
+            "of each epoch."
         )
     return " ".join(parts)
 
