@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["Interrupts"]
 
 
-class Interrupts:
-    """Inside the `with` block the first Ctrl-C waits for the next `pause()`, a second one interrupts at once.
+# Who presses twice at once means it once.
+_SAME_PRESS_S = 1.0
 
-    A KeyboardInterrupt at a random place can land in a hook or a destructor, where Python prints and drops it, or
-    between the making of a file and its renaming. Windows are short, so waiting for the end of one is not felt.
-    Outside the main thread, and where Ctrl-C is ignored (`nohup`), signals are left as they are.
+
+class Interrupts:
+    """Inside the `with` block the first Ctrl-C waits for the next `pause()`; one that follows later interrupts at once.
+
+    A KeyboardInterrupt at a random place can land in a hook or a destructor, where Python prints and drops it. Windows
+    are short, so waiting for the end of one is not felt. Outside the main thread, and where Ctrl-C is ignored
+    (`nohup`), signals are left as they are.
+
+    Attributes:
+        num_presses: of Ctrl-C so far.
     """
 
     def __init__(self) -> None:
         self.num_presses = 0
+        self._pressed_s = float("-inf")
+        self._is_sealed = False
         self._previous: Any = None
 
     def __enter__(self) -> Interrupts:
@@ -42,7 +52,14 @@ class Interrupts:
         if self.num_presses:
             raise KeyboardInterrupt
 
+    def seal(self) -> None:
+        """From here on nothing is interrupted: what follows takes no time, and must not be done by half."""
+        self._is_sealed = True
+
     def _press(self, signum: int, frame: FrameType | None) -> None:
+        previous_s, self._pressed_s = self._pressed_s, time.monotonic()
+        if self._pressed_s - previous_s < _SAME_PRESS_S:
+            return
         self.num_presses += 1
-        if self.num_presses > 1:
+        if self.num_presses > 1 and not self._is_sealed:
             raise KeyboardInterrupt

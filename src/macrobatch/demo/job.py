@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -56,15 +56,14 @@ def run(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
     report = DemoReport(options=options)
     with Interrupts() as interrupts, _threads(options.num_threads):
         try:
-            try:
-                _measure(report, interrupts)
-            except KeyboardInterrupt:
-                # Also when something else than the handler raised it, as an embedding program may.
-                interrupts.num_presses = max(interrupts.num_presses, 1)
-            _write(report)
+            _measure(report, interrupts)
         except KeyboardInterrupt:
-            report.files.clear()
-        report.num_presses = interrupts.num_presses
+            # Something else than Ctrl-C may have raised it, an embedding program for instance.
+            interrupts.num_presses = max(interrupts.num_presses, 1)
+        with suppress(KeyboardInterrupt):
+            if interrupts.num_presses < 2:
+                _write(report, interrupts)
+    report.num_presses = interrupts.num_presses
     _tell(report, console)
     return report
 
@@ -82,31 +81,35 @@ def _measure(report: DemoReport, interrupts: Interrupts) -> None:
         )
     report.digits = digits
     num_updates = len(make_loader(digits, options))
-    recorders: list[Recorder] = []
     for name, train in TRAININGS.items():
         interrupts.pause()
         record = TrainingRecord(name=name, num_updates=num_updates, macro_batch=options.macro_batch)
         report.trainings[name] = record
-        recorders.append(Recorder(record, digits, options=options, pause=interrupts.pause))
-        train(digits, options, recorders[-1])
-    reference = FullBatchReference(make_model(options.seed), loss_fn)
-    seen = [(recorder.record, window) for recorder in recorders for window in recorder.windows_seen]
-    for record, window in tqdm(seen, desc="against fp64", unit="window"):
-        error = relative_error(window.gradient_P, reference.gradient(window.weights_P, window.batch))
-        record.gradient_errors.append(
-            GradientError(update=window.update, num_samples=len(window.batch[1]), relative_error=error)
-        )
-        interrupts.pause()
+        recorder = Recorder(record, digits, options=options, pause=interrupts.pause)
+        train(digits, options, recorder)
+        _check_gradients(recorder, options.seed, interrupts)
     report.is_complete = True
 
 
-def _write(report: DemoReport) -> None:
+def _check_gradients(recorder: Recorder, seed: int, interrupts: Interrupts) -> None:
+    """Compare what the optimizer saw with the full batch in fp64."""
+    reference = FullBatchReference(make_model(seed), loss_fn)
+    for window in tqdm(recorder.windows_seen, desc=f"{recorder.record.name} against fp64", unit="window"):
+        error = relative_error(window.gradient_P, reference.gradient(window.weights_P, window.batch))
+        recorder.record.gradient_errors.append(
+            GradientError(update=window.update, num_samples=len(window.batch[1]), relative_error=error)
+        )
+        interrupts.pause()
+
+
+def _write(report: DemoReport, interrupts: Interrupts) -> None:
     """All files or none: they are made in memory first, then each is put in place by a renaming."""
     drawn = {name: plot for name, plot in PLOTS.items() if any(record.losses for record in report.trainings.values())}
     pictures = {(name, theme): draw(report, plot, THEMES[theme]) for name, plot in drawn.items() for theme in THEMES}
     contents = {name: pictures[name, "light"] for name in drawn}
     contents["results.json"] = json.dumps(report.to_json(), indent=2, allow_nan=False).encode()
     contents["index.html"] = make_page(report, pictures).encode()
+    interrupts.seal()
     out = report.options.out
     out.mkdir(parents=True, exist_ok=True)
     for name in PLOTS.keys() - drawn.keys():
@@ -119,15 +122,14 @@ def _write(report: DemoReport) -> None:
 
 
 def _tell(report: DemoReport, console: Console) -> None:
-    if report.files:
-        if any(record.losses for record in report.trainings.values()):
-            console.print(make_table(report))
-        console.print(verdict(report), highlight=False)
     page = report.options.out / "index.html"
+    if any(record.losses for record in report.trainings.values()):
+        console.print(make_table(report))
+        console.print(verdict(report) or "Too little was measured to compare.", highlight=False)
     if not report.files:
-        line = f"Stopped; nothing was written into {report.options.out}."
+        line = f"Stopped; nothing was written into {report.options.out}"
     elif report.stopped_early:
-        line = f"Stopped early. What was finished is in {page}"
+        line = f"Stopped early; what was finished is in {page}"
     else:
         line = f"Results: {page}"
     console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -10,6 +10,7 @@ from string import Template
 import torch
 
 import macrobatch as mb
+from macrobatch.demo.options import DemoOptions
 from macrobatch.demo.report import HEADINGS, DemoReport, rows, verdict
 
 __all__ = ["make_page"]
@@ -54,7 +55,7 @@ def make_page(report: DemoReport, pictures: dict[tuple[str, str], bytes]) -> str
         rows="\n".join(_row(cells) for cells in rows(report)),
         verdict=escape(verdict(report)),
         figures="\n".join(_figure(name, pictures) for name in _CAPTIONS if (name, "light") in pictures),
-        windows=escape(_windows(full, short, options.micro_batch)),
+        windows=escape(_windows(full, short, options)),
         num_train=f"{num_train:,}",
         num_test=num_test,
         one_image=f"{100 / num_test:.2f} %" if num_test else "–",
@@ -69,14 +70,15 @@ def make_page(report: DemoReport, pictures: dict[tuple[str, str], bytes]) -> str
     )
 
 
-def _windows(full: int, short: int, micro_batch: int) -> str:
+def _windows(full: int, short: int, options: DemoOptions) -> str:
     if not short:
-        return f"An epoch is {full} full windows, so that no window is short."
-    micro_batches, rest = divmod(short, micro_batch)
+        return f"An epoch is {full} full windows and no short one: the textbook loop is right here."
+    micro_batches, rest = divmod(short, options.micro_batch)
     ragged = f", the last of which has {rest} samples" if rest else ""
     return (
         f"An epoch is {full} full windows and a short one of {short} samples: {micro_batches + bool(rest)} "
-        f"micro-batches{ragged}."
+        f"micro-batches{ragged}. The textbook loop divides by {options.num_micro_batches} there as well, so it takes "
+        "too small a step, and it reports a loss that is too low by as much. On full windows its gradient is right."
     )
 
 

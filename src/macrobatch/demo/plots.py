@@ -96,7 +96,7 @@ def plot_loss(axes: Any, report: DemoReport, theme: Theme) -> None:
     axes.set(
         title="Training loss, as each loop reports it", xlabel="update", ylabel="cross-entropy (nats)", ylim=(0, None)
     )
-    _finish(axes)
+    _finish(axes, _num_updates(report))
 
 
 def plot_accuracy(axes: Any, report: DemoReport, theme: Theme) -> None:
@@ -116,8 +116,7 @@ def plot_accuracy(axes: Any, report: DemoReport, theme: Theme) -> None:
         fontsize=8,
     )
     axes.set(title="Accuracy on images it never saw", xlabel="epoch", ylabel="test accuracy (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _finish(axes)
+    _finish(axes, report.options.epochs)
 
 
 def plot_gradient_error(axes: Any, report: DemoReport, theme: Theme) -> None:
@@ -133,7 +132,7 @@ def plot_gradient_error(axes: Any, report: DemoReport, theme: Theme) -> None:
                 facecolors=theme.colors[training.name] if short else "none",
                 edgecolors=theme.colors[training.name],
                 linewidths=0.9,
-                label=training.name if short else None,
+                label=training.name if short and training.gradient_errors else None,
                 zorder=_LINES[training.name]["zorder"] + 3 * short,
             )
     axes.set(
@@ -145,7 +144,9 @@ def plot_gradient_error(axes: Any, report: DemoReport, theme: Theme) -> None:
     )
     legend = {"ncols": 3, "loc": "center", "bbox_to_anchor": (0.5, 0.5), "frameon": True, "framealpha": 1}
     legend |= {"edgecolor": theme.faint, "facecolor": theme.paper, "title_fontsize": 8.5}
-    _finish(axes, legend | {"title": "filled: short last window of an epoch · hollow: full windows"})
+    _finish(
+        axes, _num_updates(report), legend | {"title": "filled: short last window of an epoch · hollow: full windows"}
+    )
 
 
 def plot_memory(axes: Any, report: DemoReport, theme: Theme) -> None:
@@ -155,8 +156,8 @@ def plot_memory(axes: Any, report: DemoReport, theme: Theme) -> None:
     megabytes = [(training.saved_bytes or 0) / 1e6 for training in trainings]
     bars = axes.barh(names, megabytes, color=[theme.colors[name] for name in names], height=0.55)
     axes.bar_label(bars, [f"{value:.1f} MB" for value in megabytes], padding=5, color=theme.ink)
-    axes.set(title="Activations kept for the backward, at most at one time", xlim=(0, 1.15 * max(megabytes, default=1)))
-    axes.invert_yaxis()
+    axes.set(title="Activations kept for the backward, peak", xlim=(0, 1.15 * max(megabytes, default=1)))
+    axes.set_ylim(2.6, -0.6)  # room for three, the first on top
     axes.spines.bottom.set_visible(False)
     axes.tick_params(length=0, labelbottom=False)
 
@@ -173,7 +174,14 @@ def _drawn(report: DemoReport) -> list[TrainingRecord]:
     return [training for training in report.trainings.values() if training.losses]
 
 
-def _finish(axes: Any, legend: dict[str, Any] | None = None) -> None:
+def _num_updates(report: DemoReport) -> int:
+    return max((training.num_updates for training in report.trainings.values()), default=1)
+
+
+def _finish(axes: Any, planned: int, legend: dict[str, Any] | None = None) -> None:
+    # As far as was planned: what a demo that was stopped early lacks is then seen.
+    axes.set_xlim(0, planned + max(1, 0.02 * planned))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y")
     axes.tick_params(length=0)
     if axes.get_legend_handles_labels()[0]:

@@ -89,7 +89,7 @@ def rows(report: DemoReport) -> list[tuple[str, ...]]:
     """One row of words per training, in the columns of `HEADINGS`."""
     return [
         (
-            training.name if training.is_complete else f"{training.name} (stopped early)",
+            training.name if training.is_complete else f"{training.name} (part)",
             f"{100 * training.test_accuracies[-1]:.1f} %" if training.test_accuracies else "–",
             f"{training.train_s:.1f}",
             _error(training.worst_error(short=False)),
