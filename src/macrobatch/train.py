@@ -120,7 +120,7 @@ class TrainStep:
         self._step = Step(
             model,
             loss_fn,
-            gradients=GradientBuffer(lambda: _parameters(self.optimizers), header=strategy.header),
+            gradients=GradientBuffer(lambda: _parameters(self.optimizers), header=strategy.header, widens=strategy.widens),
             update=Update(
                 optimizers=self.optimizers,
                 schedulers=self.schedulers,
@@ -184,7 +184,7 @@ class TrainStep:
             expected: the window's weight, per term, if the loss has several terms.
         """
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
-        if not isinstance(micro_batches, Sequence):
+        if not isinstance(micro_batches, Sequence) and not self._step.sync.has_peers:
             return self._run(counted, Plan(None, 1, expected))
         counted = list(counted)
         return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))

@@ -95,6 +95,7 @@ class GradientBuffer:
             parameters (tied weights) get one view; those that do not require grad get none. Of a `DTensor`, the local
             shard is in the buffer.
         header: from the number of parameters, how many numbers to leave room for in front of the first buffer.
+        widens: sum gradients of 16-bit parameters in float32.
 
     ```pycon
     >>> layer = torch.nn.Linear(2, 1, dtype=torch.bfloat16)
@@ -109,10 +110,15 @@ class GradientBuffer:
     """
 
     def __init__(
-        self, parameters: Callable[[], Iterable[Tensor]], *, header: Callable[[int], int] = lambda _: 0
+        self,
+        parameters: Callable[[], Iterable[Tensor]],
+        *,
+        header: Callable[[int], int] = lambda _: 0,
+        widens: bool = True,
     ) -> None:
         self._parameters = parameters
         self._header = header
+        self._dtype = accumulation_dtype if widens else lambda dtype: dtype
         self._ids: list[int] = []
         self._accepts: dict[tuple[Any, ...], bool] = {}
         self.slots: list[Slot] = []
@@ -123,7 +129,7 @@ class GradientBuffer:
     def start(self) -> None:
         """A window begins: every `.grad` is its view again, and zero."""
         params = [param for param in self._parameters() if param.requires_grad]
-        if list(map(id, params)) != self._ids or not all(map(_is_in_place, self.slots)):
+        if list(map(id, params)) != self._ids or not all(map(self._is_in_place, self.slots)):
             self._lay_out(params)
         for flat in self.flats:
             flat.storage.zero_()
@@ -205,13 +211,20 @@ class GradientBuffer:
         """Parameters that the window used, each with its view of the buffer."""
         return [(slot.param, slot.view) for slot in self.slots if slot.used]
 
+    def _is_in_place(self, slot: Slot) -> bool:
+        # A model moved or cast since the last window carries its `.grad` along, and the view leaves the buffer.
+        param, local = slot.param, slot.local
+        return local.data_ptr() == slot.address and (
+            param.grad is slot.view or (param.device == local.device and self._dtype(param.dtype) == local.dtype)
+        )
+
     def _lay_out(self, params: list[Tensor]) -> None:
         unique = list({id(param): param for param in params}.values())
         for slot in self.slots:
             _detach(slot)
         groups: dict[tuple[Any, ...], list[Tensor]] = {}
         for param in unique:
-            key = (_local(param).device, accumulation_dtype(param.dtype), _shards(param))
+            key = (_local(param).device, self._dtype(param.dtype), _shards(param))
             groups.setdefault(key, []).append(param)
         self.slots, self.flats = [], []
         widest_first = sorted(groups.items(), key=lambda item: (item[0][1].is_complex, -item[0][1].itemsize))
@@ -262,14 +275,6 @@ def backward(tensors: list[Tensor], seeds: list[Tensor]) -> None:
         )
     else:  # a tensor subclass may have a backward of its own
         torch.autograd.backward(tensors, seeds)
-
-
-def _is_in_place(slot: Slot) -> bool:
-    # A model moved or cast since the last window carries its `.grad` along, and the view leaves the buffer.
-    param, local = slot.param, slot.local
-    return local.data_ptr() == slot.address and (
-        param.grad is slot.view or (param.device == local.device and accumulation_dtype(param.dtype) == local.dtype)
-    )
 
 
 def _norm(flat: Flat, order: float) -> Tensor:

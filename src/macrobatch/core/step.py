@@ -76,10 +76,11 @@ class Step:
         self.sync = sync
         self._seeds = Seeds()
         self._begun = False
+        self._spare: Any = None
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
-        if self.update.replays or isinstance(self.loss_fn, TwoPass):
+        if self.update.replays or isinstance(self.loss_fn, TwoPass) or self.sync.has_peers:
             micro_batches = list(micro_batches)
         gradient = self.gradient(micro_batches, plan)
         result = StepResult(
@@ -107,6 +108,9 @@ class Step:
         self._begin()
         before = Snapshot(self.model, self.device)
         try:
+            if self.sync.has_peers:
+                micro_batches = list(micro_batches)
+                plan = plan._replace(spare=micro_batches[0][0] if micro_batches else self._spare)
             plan = self.sync.plan(plan)
             loss_fn = self._loss_fn(micro_batches, before)
             tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn)
@@ -134,15 +138,15 @@ class Step:
         num_samples = 0
         precision = self.update.precision
         try:
-            for index, (micro_batch, num_rows, is_last) in enumerate(micro_batches):
+            for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
                 num_samples += num_rows
                 with self.sync.micro_batch(self.gradients, is_last=is_last):
                     with precision.forward():
                         output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
-                    totals, seeds = tally.admit(output, num_rows)
+                    totals, seeds = (tally.admit if num_rows else tally.rehearse)(output, num_rows)
                     backward(totals, precision.seeds(seeds))
                 del output, totals  # the graph is gone before the next forward
-                if self.listeners:
+                if self.listeners and num_rows:
                     self._emit(MicroBatchDone(index=index, is_last=is_last))
         except Exception:
             self.sync.close(self.gradients, None)
@@ -195,6 +199,20 @@ class Step:
             return torch.tensor(sum(loss for loss, _ in tally.read().values()), device=self.device)
 
         return closure
+
+    def _padded(self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan) -> Iterator[tuple[Any, int, bool]]:
+        """The window's micro-batches and, if other ranks run more, the last one again, as one of no samples."""
+        if plan.num_to_run is None:
+            yield from micro_batches
+            return
+        spare, num = plan.spare, 0
+        for spare, num_rows, _ in micro_batches:  # noqa: B007
+            num += 1
+            yield spare, num_rows, num == plan.num_to_run
+        while num < plan.num_to_run:
+            num += 1
+            yield spare, 0, num == plan.num_to_run
+        self._spare = spare
 
     def _admitted(self, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[Any, int, bool]]:
         """Each micro-batch with the window's answer to: is it the last? Looks one ahead."""

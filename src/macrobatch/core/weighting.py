@@ -91,11 +91,15 @@ class Plan(NamedTuple):
         num_micro_batches: how many, or None if that is not known.
         guess: the window's weight if nobody counted it; only fp16's range depends on it being near.
         expected: the window's weight, counted ahead, per term or for the only one.
+        num_to_run: how many this rank has to run, if more than it has, with weight zero.
+        spare: what to run then, if it has none.
     """
 
     num_micro_batches: int | None
     guess: float
     expected: Mapping[str, Weight] | Weight | None = None
+    num_to_run: int | None = None
+    spare: Any = None
 
 
 class Seeds:
@@ -195,6 +199,11 @@ class Tally:
                 fix="compute it from the model's output, without detach(), item() or no_grad()",
             )
         return tensors, seeds
+
+    def rehearse(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
+        """As `admit`, for a micro-batch that counts nothing: its backward starts from zero."""
+        tensors = [part.tensor for part in taken_apart(output, num_samples).values() if part.tensor.requires_grad]
+        return tensors, [torch.zeros_like(tensor) for tensor in tensors]
 
     def weights(self) -> dict[str, Weight]:
         """The weight the window has seen so far, per term: a number if all of it was known to the host."""

@@ -29,6 +29,9 @@ class Sync:
     has_peers = False
     """Whether other ranks take part, so that this one's share of a window may be empty."""
 
+    widens = True
+    """Whether 16-bit parameters may have gradients in float32."""
+
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Make parameters and module buffers equal on all ranks."""
 

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from macrobatch.core.gradients import GradientBuffer, Slot
-from macrobatch.core.loss import checked_counts
 from macrobatch.core.weighting import NUM_SUMS, Plan, Tally
-from macrobatch.errors import ArgumentError, LossError, PeerError
+from macrobatch.errors import ArgumentError, PeerError
 from macrobatch.sync.base import Sync
+from macrobatch.sync.peers import Peers
 
 __all__ = ["ReplicatedSync"]
 
@@ -72,9 +72,7 @@ class ReplicatedSync(Sync):
         self._layout: list[Slot] = []
         self._unpredictable: set[int] = set()
         self._flying: list[tuple[_Bucket, dist.Work, Tensor | None]] = []
-        self._guesses: tuple[float, int] | None = None
-        self._names: list[str] = []
-        self._device = torch.device("cpu")
+        self._peers: Peers | None = None
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Broadcast parameters and buffers from the group's first rank.
@@ -84,33 +82,18 @@ class ReplicatedSync(Sync):
         """
         self._model = model
         gradients.start()
-        self._device = gradients.flats[0].storage.device
-        signature = [(tuple(slot.param.shape), str(slot.param.dtype)) for slot in gradients.slots]
-        everywhere: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everywhere, signature, group=self._group)
-        if any(other != signature for other in everywhere):
-            raise ArgumentError(
-                "the trained parameters",
-                given=f"{[len(other) for other in everywhere]} of them by rank, or of other shapes",
-                expected="the same parameters in the same order on every rank",
-                fix="build model and optimizer alike on every rank",
-            )
-        tensors = [slot.param.detach() for slot in gradients.slots]
-        known = set(map(id, (slot.param for slot in gradients.slots)))
-        tensors += [param.detach() for param in model.parameters() if id(param) not in known]
-        self._broadcast([*tensors, *model.buffers()])
+        self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
+        peers.check_layout(gradients)
+        peers.broadcast([*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()])
 
     def header(self, num_parameters: int) -> int:
         """Room for: a rank failed; a gradient came late; the tally's sums; which parameters were used."""
         return _SUMS + NUM_SUMS + num_parameters
 
     def plan(self, plan: Plan) -> Plan:
-        """The first window's sizes, added up, are every window's guess: a scale must be the same on all ranks."""
-        if self._guesses is None:
-            guess, num = self._summed([plan.guess, plan.num_micro_batches or 1])
-            self._guesses = max(guess, 1.0), max(round(num), 1)
-        guess, num = self._guesses
-        return plan._replace(guess=guess, num_micro_batches=num, expected=self._expected(plan.expected))
+        """One collective in the first window; later, only if weights are counted ahead."""
+        assert self._peers is not None
+        return self._peers.plan(plan)
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
         """In the last one, send buckets as they become ready."""
@@ -120,6 +103,8 @@ class ReplicatedSync(Sync):
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Send what is left, the header last, and read what it says."""
+        assert self._peers is not None
+        assert self._model is not None
         late = self._latecomers()
         if tally is not None:
             gradients.collect()
@@ -150,9 +135,8 @@ class ReplicatedSync(Sync):
             tally.absorb(header[_SUMS : _SUMS + NUM_SUMS])
         if self._cross_check:
             self._cross_check = False
-            self._compare(gradients)
-        if self._model is not None:
-            self._broadcast(list(self._model.buffers()))
+            self._peers.check_replicas(gradients)
+        self._peers.broadcast(self._model.buffers())
 
     @contextmanager
     def _sending(self, gradients: GradientBuffer) -> Generator[None]:
@@ -227,61 +211,6 @@ class ReplicatedSync(Sync):
         header[: len(flags)] = flags.to(header.device)
         if tally is not None:
             header[_SUMS : _SUMS + NUM_SUMS] = tally.pack(header.dtype, header.device)
-
-    def _expected(self, expected: Any) -> Any:
-        """Weights counted ahead, added up over ranks; a rank without samples gives {}."""
-        if expected is None:
-            return None
-        counts = checked_counts(expected)
-        if not self._names:
-            everywhere: list[Any] = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(everywhere, sorted(counts or {}), group=self._group)
-            self._names = sorted({name for names in everywhere for name in names})
-        counts = counts or dict.fromkeys(self._names, 0.0)
-        unknown = counts.keys() ^ set(self._names)
-        numbers = [torch.as_tensor(counts.get(name, 0.0), device=self._device).double() for name in self._names]
-        totals = torch.stack([*numbers, torch.tensor(float(bool(unknown)), device=self._device).double()])
-        dist.all_reduce(totals, group=self._group)
-        *values, wrong = totals.tolist()
-        if wrong:
-            raise LossError(
-                "what count returned",
-                given=f"the terms {sorted(counts)} on this rank",
-                expected=f"{self._names} on every rank, in every window",
-                fix="count every term on every rank, also where it is 0",
-            )
-        return dict(zip(self._names, values, strict=True))
-
-    def _summed(self, numbers: list[float]) -> list[float]:
-        total = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        dist.all_reduce(total, group=self._group)
-        return total.tolist()
-
-    def _broadcast(self, tensors: list[Tensor]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in {id(tensor): tensor for tensor in tensors}.values():
-            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        with torch.no_grad():
-            for members in groups.values():
-                whole = torch.cat([tensor.reshape(-1) for tensor in members])
-                dist.broadcast(torch.view_as_real(whole) if whole.is_complex() else whole, source, group=self._group)
-                for tensor, part in zip(members, whole.split([tensor.numel() for tensor in members]), strict=True):
-                    tensor.copy_(part.view(tensor.shape))
-
-    def _compare(self, gradients: GradientBuffer) -> None:
-        params = torch.stack([slot.param.detach().abs().sum(dtype=torch.float64).to(self._device) for slot in self._layout])
-        checksum = torch.stack([params.sum(), gradients.norm().double().to(self._device)])
-        extremes = torch.cat([checksum, -checksum])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._group)
-        high, low = extremes[:2], -extremes[2:]
-        if bool(((high - low) > 1e-5 * high.abs()).any()):
-            raise PeerError(
-                "the first window",
-                given=f"parameters and gradients that differ over ranks (checksums {low.tolist()} to {high.tolist()})",
-                expected="the same on every rank after the reduction",
-                fix="look for what changes parameters on one rank alone; cross_check=False turns this check off",
-            )
 
 
 class _Bucket(NamedTuple):
