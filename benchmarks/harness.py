@@ -67,12 +67,7 @@ def table(title: str, rows: Sequence[Row]) -> str:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, to be stored with every result."""
-    packages = {}
-    for name in ("torch", "macrobatch", "accelerate", "lightning", "transformers"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
+    packages = {name: _version(name) for name in ("torch", "macrobatch", "accelerate", "lightning", "transformers")}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -90,6 +85,13 @@ def save(name: str, results: Mapping[str, Any], folder: Path | None = None) -> P
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
     return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
