@@ -7,6 +7,7 @@ MacrobatchError
 ├── LossError                (also ValueError)     what a loss function returned cannot be accumulated
 │   └── NonFiniteError                             the window's loss or gradient is NaN or infinite
 ├── GradientError            (also RuntimeError)   gradients that cannot live in the flat buffer
+├── PeerError                (also RuntimeError)   another rank failed, or the ranks have come apart
 ├── WindowError              (also RuntimeError)   a step out of the window's order
 ├── StateError               (also ValueError)     a state_dict that does not fit
 ├── NotYetError              (also NotImplementedError)  planned, not there in this version
@@ -25,6 +26,7 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteError",
     "NotYetError",
+    "PeerError",
     "StateError",
     "WindowError",
 ]
@@ -73,6 +75,10 @@ class NonFiniteError(LossError):
 
 class GradientError(MacrobatchError, RuntimeError):
     """Gradients that cannot live in the flat buffer."""
+
+
+class PeerError(MacrobatchError, RuntimeError):
+    """Another rank failed in this window, or the ranks have come apart."""
 
 
 class WindowError(MacrobatchError, RuntimeError):

@@ -17,12 +17,13 @@ from macrobatch.core.gradients import GradientBuffer, refuse_sparse
 from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
-from macrobatch.core.step import LossFn, MicroBatch, Plan, Step
+from macrobatch.core.step import LossFn, MicroBatch, Step
 from macrobatch.core.update import NonFinite, Update
-from macrobatch.core.weighting import Normalize, make_policy
+from macrobatch.core.weighting import Normalize, Plan, make_policy
 from macrobatch.core.window import Window
 from macrobatch.errors import ArgumentError, StateError
 from macrobatch.plan.split import Split, make_split
+from macrobatch.sync import LocalSync, Sync, make_sync
 
 __all__ = ["TrainStep", "accumulate"]
 
@@ -65,6 +66,8 @@ class TrainStep:
             device; the others wait once, at the end of the window.
         sparse_grad: "refuse" or "densify" gradients of `nn.Embedding(sparse=True)`.
         listeners: called with each `Event`.
+        sync: how ranks agree. "auto" finds out: one process, or replicas on all ranks of torch.distributed; "local"
+            keeps this process to itself; or a `Sync` object.
 
     Raises:
         ArgumentError: an argument is out of its domain.
@@ -98,6 +101,7 @@ class TrainStep:
         nonfinite: NonFinite = "raise",
         sparse_grad: str = "refuse",
         listeners: Iterable[Listener] = (),
+        sync: str | Sync = "auto",
     ) -> None:
         _check_callables(model, loss_fn, count)
         self.split = make_split(micro_batch)
@@ -112,10 +116,11 @@ class TrainStep:
             refuse_sparse(model)
         self._count = count
         self._window = Window(1)
+        strategy = make_sync(sync, model)
         self._step = Step(
             model,
             loss_fn,
-            gradients=GradientBuffer(lambda: _parameters(self.optimizers)),
+            gradients=GradientBuffer(lambda: _parameters(self.optimizers), header=strategy.header, widens=strategy.widens),
             update=Update(
                 optimizers=self.optimizers,
                 schedulers=self.schedulers,
@@ -128,6 +133,7 @@ class TrainStep:
             policy=make_policy(normalize),
             device=device,
             listeners=list(listeners),
+            sync=strategy,
         )
 
     @property
@@ -153,13 +159,19 @@ class TrainStep:
     def __call__(self, batch: Any) -> StepResult:
         """One update from a macro-batch: any tree of tensors with one row per sample.
 
+        Over several ranks, `batch` is this rank's share, of any size; None if it has none. All ranks have to call.
+
         Raises:
             BatchError: it has no rows, or its leaves disagree on their number.
             LossError: `loss_fn` returned something else than a loss.
             NonFiniteError: the loss or the gradient is NaN or infinite.
         """
-        micro_batches = self.split.split(batch)
-        expected = None if self._count is None else self._count(batch)
+        try:
+            micro_batches = [] if batch is None else self.split.split(batch)
+            expected = None if self._count is None else {} if batch is None else self._count(batch)
+        except Exception:
+            self._step.fail(counted=self._count is not None)
+            raise
         return self._run(micro_batches, Plan(len(micro_batches), sum(rows for _, rows in micro_batches), expected))
 
     def window(
@@ -172,7 +184,7 @@ class TrainStep:
             expected: the window's weight, per term, if the loss has several terms.
         """
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
-        if not isinstance(micro_batches, Sequence):
+        if not isinstance(micro_batches, Sequence) and not self._step.sync.has_peers:
             return self._run(counted, Plan(None, 1, expected))
         counted = list(counted)
         return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))
@@ -243,6 +255,7 @@ def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: in
         policy=make_policy("exact"),
         device=held[0][0].device,
         listeners=[],
+        sync=LocalSync(),
     )
     try:
         plan = Plan(len(micro_batches), sum(rows for _, rows in micro_batches))

@@ -11,12 +11,15 @@ one: no hooks, nothing on the hot path.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from macrobatch.errors import GradientError
@@ -43,18 +46,44 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return _WIDER.get(dtype, dtype)
 
 
-class _Slot:
+class Flat(NamedTuple):
+    """One flat buffer.
+
+    Attributes:
+        numbers: the gradients, 1-d.
+        storage: the gradients and, in front of them, room for numbers that travel with them.
+        shards: over which the parameters are spread, if they are.
+    """
+
+    numbers: Tensor
+    storage: Tensor
+    shards: tuple[dist.ProcessGroup, ...]
+
+    @property
+    def header(self) -> Tensor:
+        """The room in front, 1-d and real."""
+        room = self.storage[: self.storage.numel() - self.numbers.numel()]
+        return torch.view_as_real(room).view(-1) if room.is_complex() else room
+
+
+class Slot:
     """One parameter's place in a flat buffer."""
 
-    __slots__ = ("address", "param", "start", "used", "version", "view")
+    __slots__ = ("address", "flat", "local", "param", "start", "used", "version", "view")
 
-    def __init__(self, param: Tensor, view: Tensor, start: int) -> None:
+    def __init__(self, param: Tensor, flat: Flat, start: int) -> None:
         self.param = param
-        self.view = view
+        self.flat = flat
         self.start = start
-        self.address = view.data_ptr()
+        self.view = _as_gradient(param, _view(flat.numbers, param, start))
+        self.local = _local(self.view)
+        self.address = self.local.data_ptr()
         self.version = 0
         self.used = False
+
+    def within(self, numbers: Tensor) -> Tensor:
+        """The parameter's part of a buffer that is laid out as its own."""
+        return _view(numbers, self.param, self.start)
 
 
 class GradientBuffer:
@@ -63,7 +92,10 @@ class GradientBuffer:
     Args:
         parameters: called at the start of every window for the parameters in play, for instance all of an
             optimizer's groups, so that a group added later or a parameter unfrozen later takes part. Repeated
-            parameters (tied weights) get one view; those that do not require grad get none.
+            parameters (tied weights) get one view; those that do not require grad get none. Of a `DTensor`, the local
+            shard is in the buffer.
+        header: from the number of parameters, how many numbers to leave room for in front of the first buffer.
+        widens: sum gradients of 16-bit parameters in float32.
 
     ```pycon
     >>> layer = torch.nn.Linear(2, 1, dtype=torch.bfloat16)
@@ -77,50 +109,55 @@ class GradientBuffer:
     ```
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(
+        self,
+        parameters: Callable[[], Iterable[Tensor]],
+        *,
+        header: Callable[[int], int] = lambda _: 0,
+        widens: bool = True,
+    ) -> None:
         self._parameters = parameters
-        self._slots: list[_Slot] = []
+        self._header = header
+        self._dtype = accumulation_dtype if widens else lambda dtype: dtype
         self._ids: list[int] = []
-        self._unused: list[_Slot] = []
         self._accepts: dict[tuple[Any, ...], bool] = {}
-        self.flats: list[Tensor] = []
-        """The buffers, 1-d, one per device and accumulation dtype. Their addresses change only with the parameters."""
+        self.slots: list[Slot] = []
+        """The parameters' places, in the order in which they were given."""
+        self.flats: list[Flat] = []
+        """The buffers, one per device, dtype and shards. Their addresses change only with the parameters."""
 
     def start(self) -> None:
         """A window begins: every `.grad` is its view again, and zero."""
         params = [param for param in self._parameters() if param.requires_grad]
-        if list(map(id, params)) != self._ids or not all(map(_is_in_place, self._slots)):
+        if list(map(id, params)) != self._ids or not all(map(self._is_in_place, self.slots)):
             self._lay_out(params)
         for flat in self.flats:
-            flat.zero_()
-        for slot in self._slots:
+            flat.storage.zero_()
+        for slot in self.slots:
             if slot.param.grad is not slot.view:
                 slot.param.grad = slot.view
-            slot.version = slot.view._version
+            slot.version = slot.local._version
 
     def collect(self) -> None:
         """The last backward is through: take in what replaced a view and note which parameters were used.
 
         A gradient that somebody set to None inside the window counts from there: what `.grad` holds is what there is.
         """
-        self._unused = []
-        for slot in self._slots:
+        for slot in self.slots:
             grad = slot.param.grad
             if grad is slot.view:
-                slot.used = slot.view._version != slot.version
+                slot.used = slot.local._version != slot.version
             elif grad is None:
                 slot.used = False
-                slot.view.zero_()
+                slot.local.zero_()
             else:
                 slot.used = True
-                slot.view.copy_(grad.to_dense() if grad.is_sparse else grad)
+                slot.local.copy_(_local(grad.to_dense() if grad.is_sparse else grad))
                 slot.param.grad = slot.view
-            if not slot.used:
-                self._unused.append(slot)
 
     def norm(self, order: float = 2.0) -> Tensor:
         """Norm of all gradients together, as a 0-d tensor on the first buffer's device."""
-        norms = [torch.linalg.vector_norm(flat, order) for flat in self.flats]
+        norms = [_norm(flat, order) for flat in self.flats]
         if len(norms) == 1:
             return norms[0]
         return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]), order)
@@ -129,13 +166,13 @@ class GradientBuffer:
         """Multiply all gradients by a number or a 0-d tensor."""
         for flat in self.flats:
             if isinstance(factor, Tensor):
-                factor = factor.to(flat.device)
-            flat.mul_(factor)
+                factor = factor.to(flat.numbers.device)
+            flat.numbers.mul_(factor)
 
     def clamp_(self, limit: float) -> None:
         """Clip every element of the gradients to [-limit, limit]; real and imaginary parts alike."""
-        for flat in self.flats:
-            (torch.view_as_real(flat) if flat.is_complex() else flat).clamp_(-limit, limit)
+        for numbers, *_ in self.flats:
+            (torch.view_as_real(numbers) if numbers.is_complex() else numbers).clamp_(-limit, limit)
 
     @contextmanager
     def lent_to(self, optimizers: Sequence[Optimizer]) -> Generator[None]:
@@ -145,15 +182,17 @@ class GradientBuffer:
         momentum), and keeps it until the next window starts. Where an optimizer refuses an fp32 gradient for a 16-bit
         parameter, it gets the finished sum rounded once to the parameter's dtype.
         """
-        for slot in self._unused:
-            slot.param.grad = None
+        for slot in self.slots:
+            if not slot.used:
+                slot.param.grad = None
         cast = [slot for slot in self._cast_for(optimizers) if slot.used]
-        rounded = {(id(flat), dtype): flat.to(dtype) for flat, dtype in {self._key(slot): None for slot in cast}}
+        rounded = {(id(slot.flat), slot.param.dtype): (slot.flat.numbers, slot.param.dtype) for slot in cast}
+        rounded = {key: numbers.to(dtype) for key, (numbers, dtype) in rounded.items()}
         for slot in cast:
-            flat, dtype = self._key(slot)
+            numbers = rounded[id(slot.flat), slot.param.dtype]
             slot.param.grad = None  # grad_dtype may only change without a gradient
-            slot.param.grad_dtype = dtype
-            slot.param.grad = _view(rounded[id(flat), dtype], slot.param, slot.start)
+            slot.param.grad_dtype = slot.param.dtype
+            slot.param.grad = _as_gradient(slot.param, slot.within(numbers))
         try:
             yield
         finally:
@@ -164,41 +203,49 @@ class GradientBuffer:
 
     def release(self) -> None:
         """Give the parameters back: each `.grad` is None and of the parameter's own dtype again."""
-        for slot in self._slots:
+        for slot in self.slots:
             _detach(slot)
-        self._slots, self._ids, self._unused, self.flats = [], [], [], []
+        self.slots, self._ids, self.flats = [], [], []
 
     def used(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters that the window used, each with its view of the buffer."""
-        return [(slot.param, slot.view) for slot in self._slots if slot.used]
+        return [(slot.param, slot.view) for slot in self.slots if slot.used]
 
-    def _key(self, slot: _Slot) -> tuple[Tensor, torch.dtype]:
-        flat = next(f for f in self.flats if f.dtype == slot.view.dtype and f.device == slot.view.device)
-        return flat, slot.param.dtype
+    def _is_in_place(self, slot: Slot) -> bool:
+        # A model moved or cast since the last window carries its `.grad` along, and the view leaves the buffer.
+        param, local = slot.param, slot.local
+        return local.data_ptr() == slot.address and (
+            param.grad is slot.view or (param.device == local.device and self._dtype(param.dtype) == local.dtype)
+        )
 
     def _lay_out(self, params: list[Tensor]) -> None:
         unique = list({id(param): param for param in params}.values())
-        for slot in self._slots:
+        for slot in self.slots:
             _detach(slot)
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        groups: dict[tuple[Any, ...], list[Tensor]] = {}
         for param in unique:
-            groups.setdefault((param.device, accumulation_dtype(param.dtype)), []).append(param)
-        self._slots, self.flats, self._unused = [], [], []
-        for (device, dtype), members in groups.items():
+            key = (_local(param).device, self._dtype(param.dtype), _shards(param))
+            groups.setdefault(key, []).append(param)
+        self.slots, self.flats = [], []
+        widest_first = sorted(groups.items(), key=lambda item: (item[0][1].is_complex, -item[0][1].itemsize))
+        for (device, dtype, shards), members in widest_first:
             starts = [0]
             for param in members:
-                starts.append(starts[-1] + -(-param.numel() // _ALIGN) * _ALIGN)
-            flat = torch.zeros(starts.pop(), dtype=dtype, device=device)
+                starts.append(starts[-1] + _aligned(_local(param).numel()))
+            size = starts.pop()
+            room = 0 if self.flats else _aligned(self._header(len(unique)))
+            storage = torch.zeros(room + size, dtype=dtype, device=device)
+            flat = Flat(storage[room:], storage, shards)
             self.flats.append(flat)
             for param, start in zip(members, starts, strict=True):
                 if param.dtype != dtype:
                     param.grad = None
                     param.grad_dtype = dtype
-                self._slots.append(_Slot(param, _view(flat, param, start), start))
+                self.slots.append(Slot(param, flat, start))
         self._ids = list(map(id, params))
 
-    def _cast_for(self, optimizers: Sequence[Optimizer]) -> list[_Slot]:
-        wider = {id(slot.param): slot for slot in self._slots if slot.param.dtype != slot.view.dtype}
+    def _cast_for(self, optimizers: Sequence[Optimizer]) -> list[Slot]:
+        wider = {id(slot.param): slot for slot in self.slots if slot.param.dtype != slot.view.dtype}
         if not wider:
             return []
         return [
@@ -209,7 +256,7 @@ class GradientBuffer:
             if id(param) in wider and not self._takes(optimizer, group, wider[id(param)])
         ]
 
-    def _takes(self, optimizer: Optimizer, group: dict[str, Any], slot: _Slot) -> bool:
+    def _takes(self, optimizer: Optimizer, group: dict[str, Any], slot: Slot) -> bool:
         options = {name: value for name, value in group.items() if name != "params"}
         key = (type(optimizer), options.get("foreach"), options.get("fused"), slot.param.dtype, slot.param.device)
         if key not in self._accepts:
@@ -230,15 +277,41 @@ def backward(tensors: list[Tensor], seeds: list[Tensor]) -> None:
         torch.autograd.backward(tensors, seeds)
 
 
-def _is_in_place(slot: _Slot) -> bool:
-    # A model moved or cast since the last window carries its `.grad` along, and the view leaves the buffer.
-    param, view = slot.param, slot.view
-    return view.data_ptr() == slot.address and (
-        param.grad is view or (param.device == view.device and accumulation_dtype(param.dtype) == view.dtype)
+def _norm(flat: Flat, order: float) -> Tensor:
+    norm = torch.linalg.vector_norm(flat.numbers, order)
+    for group in flat.shards:
+        whole = norm if math.isinf(order) else norm**order
+        dist.all_reduce(whole, dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM, group=group)
+        norm = whole if math.isinf(order) else whole ** (1 / order)
+    return norm
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _shards(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups over which a parameter is cut into pieces."""
+    if not isinstance(param, DTensor):
+        return ()
+    placed = enumerate(param.placements)
+    return tuple(param.device_mesh.get_group(axis) for axis, placement in placed if placement.is_shard())
+
+
+def _as_gradient(param: Tensor, local: Tensor) -> Tensor:
+    """A buffer's view as it may be a parameter's `.grad`: for a `DTensor`, a `DTensor` on top of it."""
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
 
 
-def _detach(slot: _Slot) -> None:
+def _detach(slot: Slot) -> None:
     if slot.param.grad is slot.view:
         slot.param.grad = None
     if slot.param.grad is None:
@@ -248,13 +321,14 @@ def _detach(slot: _Slot) -> None:
 def _view(flat: Tensor, param: Tensor, start: int) -> Tensor:
     """A parameter's part of a flat buffer, in the parameter's own memory layout where that is dense, so that an
     optimizer finds both in one order (autograd's gradient layout contract)."""
+    param = _local(param)
     part = flat[start : start + param.numel()]
     dense = torch.empty_like(param, device="meta").stride()  # preserve_format: the param's own strides if dense
     # .data gives every view a version counter of its own; autograd's additions to it can then be told apart.
     return part.as_strided(param.shape, dense).data
 
 
-def _accepts_wider(kind: type[Optimizer], options: dict[str, Any], slot: _Slot) -> bool:
+def _accepts_wider(kind: type[Optimizer], options: dict[str, Any], slot: Slot) -> bool:
     """Whether a kind of optimizer takes gradients wider than the parameter: tried out on a parameter of its own."""
     probe = torch.nn.Parameter(torch.ones(2, 2, dtype=slot.param.dtype, device=slot.param.device))
     probe.grad_dtype = slot.view.dtype

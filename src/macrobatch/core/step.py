@@ -12,34 +12,20 @@ from torch import Tensor, nn
 from macrobatch import tree
 from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Updated
 from macrobatch.core.gradients import GradientBuffer, backward
-from macrobatch.core.loss import Weight
 from macrobatch.core.result import StepResult
 from macrobatch.core.snapshot import Snapshot
 from macrobatch.core.twopass import TwoPass
 from macrobatch.core.update import Update, Verdict
-from macrobatch.core.weighting import Normalize, Seeds, Tally
+from macrobatch.core.weighting import Normalize, Plan, Seeds, Tally
 from macrobatch.core.window import Window
 from macrobatch.errors import BatchError
+from macrobatch.sync.base import Sync
 
-__all__ = ["LossFn", "MicroBatch", "Plan", "Step"]
+__all__ = ["LossFn", "MicroBatch", "Step"]
 
 LossFn = Callable[[Any, Any], Any]
 MicroBatch = tuple[Any, int]
 """A micro-batch and its number of samples."""
-
-
-class Plan(NamedTuple):
-    """What is known of a window before its first backward.
-
-    Attributes:
-        num_micro_batches: how many, or None if that is not known.
-        guess: the window's weight if nobody counted it; only fp16's range depends on it being near.
-        expected: the window's weight, counted ahead, per term or for the only one.
-    """
-
-    num_micro_batches: int | None
-    guess: float
-    expected: Mapping[str, Weight] | Weight | None = None
 
 
 class Gradient(NamedTuple):
@@ -77,6 +63,7 @@ class Step:
         policy: Normalize,
         device: torch.device,
         listeners: list[Listener],
+        sync: Sync,
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
@@ -86,11 +73,14 @@ class Step:
         self.policy = policy
         self.device = device
         self.listeners = listeners
+        self.sync = sync
         self._seeds = Seeds()
+        self._begun = False
+        self._spare: Any = None
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
-        if self.update.replays or isinstance(self.loss_fn, TwoPass):
+        if self.update.replays or isinstance(self.loss_fn, TwoPass) or self.sync.has_peers:
             micro_batches = list(micro_batches)
         gradient = self.gradient(micro_batches, plan)
         result = StepResult(
@@ -115,8 +105,13 @@ class Step:
     def gradient(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> Gradient:
         """The window's gradient, finished and checked, in the buffer; the window is closed. Nothing else has moved,
         and nothing at all if this fails."""
+        self._begin()
         before = Snapshot(self.model, self.device)
         try:
+            if self.sync.has_peers:
+                micro_batches = list(micro_batches)
+                plan = plan._replace(spare=micro_batches[0][0] if micro_batches else self._spare)
+            plan = self.sync.plan(plan)
             loss_fn = self._loss_fn(micro_batches, before)
             tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn)
             verdict = self.update.finish(self.gradients, tally)
@@ -142,17 +137,34 @@ class Step:
         )
         num_samples = 0
         precision = self.update.precision
-        for index, (micro_batch, num_rows, is_last) in enumerate(micro_batches):
-            num_samples += num_rows
-            with precision.forward():
-                output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
-            totals, seeds = tally.admit(output, num_rows)
-            backward(totals, precision.seeds(seeds))
-            del output, totals  # the graph is gone before the next forward
-            if self.listeners:
-                self._emit(MicroBatchDone(index=index, is_last=is_last))
-        self.gradients.collect()
+        try:
+            for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
+                num_samples += num_rows
+                with self.sync.micro_batch(self.gradients, is_last=is_last):
+                    with precision.forward():
+                        output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
+                    totals, seeds = (tally.admit if num_rows else tally.rehearse)(output, num_rows)
+                    backward(totals, precision.seeds(seeds))
+                del output, totals  # the graph is gone before the next forward
+                if self.listeners and num_rows:
+                    self._emit(MicroBatchDone(index=index, is_last=is_last))
+        except Exception:
+            self.sync.close(self.gradients, None)
+            raise
+        self.sync.close(self.gradients, tally)
         return tally, num_samples
+
+    def fail(self, *, counted: bool) -> None:
+        """Tell the other ranks that this one has nothing for the window, not even an empty share."""
+        self._begin()
+        self.sync.plan(Plan(None, 0.0, {} if counted else None))
+        self.gradients.start()
+        self.sync.close(self.gradients, None)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self.sync.begin(self.model, self.gradients)
+            self._begun = True
 
     def _loss_fn(self, micro_batches: Iterable[MicroBatch], before: Snapshot) -> LossFn:
         if not isinstance(self.loss_fn, TwoPass):
@@ -188,12 +200,29 @@ class Step:
 
         return closure
 
+    def _padded(self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan) -> Iterator[tuple[Any, int, bool]]:
+        """The window's micro-batches and, if other ranks run more, the last one again, as one of no samples."""
+        if plan.num_to_run is None:
+            yield from micro_batches
+            return
+        spare, num = plan.spare, 0
+        for spare, num_rows, _ in micro_batches:  # noqa: B007
+            num += 1
+            yield spare, num_rows, num == plan.num_to_run
+        while num < plan.num_to_run:
+            num += 1
+            yield spare, 0, num == plan.num_to_run
+        self._spare = spare
+
     def _admitted(self, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[Any, int, bool]]:
         """Each micro-batch with the window's answer to: is it the last? Looks one ahead."""
         rest = iter(micro_batches)
         try:
             current = next(rest)
         except StopIteration:
+            if self.sync.has_peers:  # an empty share; the window counts it as one micro-batch
+                self.window.admit(end_of_data=True)
+                return
             raise BatchError(
                 "the window", given="no micro-batches", expected="at least one", fix="skip empty macro-batches"
             ) from None

@@ -14,17 +14,19 @@ close multiplies the gradient once by what is missing (`Tally.correction`), whic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_host
 from macrobatch.errors import ArgumentError, LossError
 
-__all__ = ["Constant", "Exact", "Normalize", "Seeds", "Tally", "Uniform", "make_policy"]
+__all__ = ["Constant", "Exact", "NUM_SUMS", "Normalize", "Plan", "Seeds", "Tally", "Uniform", "make_policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,30 @@ def make_policy(normalize: object) -> Normalize:
     )
 
 
+_MAX_TERMS = 8
+_HEAD = 4
+NUM_SUMS = _HEAD + 4 * _MAX_TERMS
+"""How many numbers `Tally.pack` returns."""
+
+
+class Plan(NamedTuple):
+    """What is known of a window before its first backward.
+
+    Attributes:
+        num_micro_batches: how many, or None if that is not known.
+        guess: the window's weight if nobody counted it; only fp16's range depends on it being near.
+        expected: the window's weight, counted ahead, per term or for the only one.
+        num_to_run: how many this rank has to run, if more than it has, with weight zero.
+        spare: what to run then, if it has none.
+    """
+
+    num_micro_batches: int | None
+    guess: float
+    expected: Mapping[str, Weight] | Weight | None = None
+    num_to_run: int | None = None
+    spare: Any = None
+
+
 class Seeds:
     """0-d tensors that backwards start from, made once per value and on their device, without a copy from the host."""
 
@@ -95,12 +121,13 @@ class Seeds:
 class _Term:
     """One term of the loss over the window, by micro-batch: `tensors[i] * factors[i]` is a sum over `weights[i]`."""
 
-    __slots__ = ("expected", "factors", "promised", "scale", "seeds", "tensors", "weights")
+    __slots__ = ("expected", "factors", "promised", "rounded", "scale", "seeds", "tensors", "weights")
 
-    def __init__(self, expected: Weight, *, promised: bool, scale: float | Tensor, seeds: dict[float, Tensor]) -> None:
+    def __init__(self, expected: Weight, *, promised: bool, rounded: bool, seeds: dict[float, Tensor]) -> None:
         self.expected = expected
         self.promised = promised
-        self.scale = scale
+        self.rounded = rounded
+        self.scale = _scale(expected, rounded=rounded)
         self.seeds = seeds
         self.tensors: list[Tensor] = []
         self.factors: list[float] = []
@@ -119,7 +146,7 @@ class Tally:
         seeds: a cache shared between windows.
     """
 
-    __slots__ = ("_counted", "_guess", "_num", "_policy", "_read", "_seeds", "terms")
+    __slots__ = ("_counted", "_everywhere", "_guess", "_num", "_policy", "_read", "_seeds", "terms")
 
     def __init__(
         self,
@@ -136,6 +163,7 @@ class Tally:
         self._num = num_micro_batches
         self._seeds = seeds or Seeds()
         self._read: dict[str, tuple[float, float]] | None = None
+        self._everywhere: dict[str, tuple[float, float]] | None = None
         self.terms: dict[str, _Term] = {}
 
     def admit(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -172,9 +200,70 @@ class Tally:
             )
         return tensors, seeds
 
+    def rehearse(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
+        """As `admit`, for a micro-batch that counts nothing: its backward starts from zero."""
+        tensors = [part.tensor for part in taken_apart(output, num_samples).values() if part.tensor.requires_grad]
+        return tensors, [torch.zeros_like(tensor) for tensor in tensors]
+
     def weights(self) -> dict[str, Weight]:
         """The weight the window has seen so far, per term: a number if all of it was known to the host."""
+        if self._everywhere is not None:
+            return {name: weight for name, (weight, _) in self._everywhere.items()}
         return {name: _summed(term.weights) for name, term in self.terms.items()}
+
+    def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What other ranks need of this one's tally, as `NUM_SUMS` numbers that may be added up over ranks.
+
+        For the rank: whether it has terms, how many, a checksum of their names, whether their scale is a power of two.
+        For each term: the sum of its losses, its weight, its micro-batches with weight, the sum of their means.
+        """
+        if not self.terms:
+            return torch.zeros(NUM_SUMS, dtype=dtype, device=device)
+        if len(self.terms) > _MAX_TERMS:
+            raise LossError(
+                "the loss",
+                given=f"{len(self.terms)} terms",
+                expected=f"at most {_MAX_TERMS} over several ranks",
+                fix="add up terms that share a weight",
+            )
+        rounded = any(term.rounded for term in self.terms.values())
+        numbers: list[Weight] = [1.0, float(len(self.terms)), _checksum(self.terms), float(rounded)]
+        for term in self.terms.values():
+            totals = [factor * tensor for factor, tensor in zip(term.factors, term.tensors, strict=True)]
+            means = [_mean_of(total, weight) for total, weight in zip(totals, term.weights, strict=True)]
+            numbers += [_summed(totals), _summed(term.weights), _summed(list(map(_counts, term.weights))), _summed(means)]
+        packed = [torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers]
+        return F.pad(torch.stack(packed), (0, NUM_SUMS - len(packed))).to(dtype)
+
+    def absorb(self, sums: Sequence[float]) -> None:
+        """Take over what the tallies of all ranks add up to; loss, weight and correction are then the same on all.
+
+        Raises:
+            LossError: the ranks do not agree on the loss's terms or its dtype.
+        """
+        num_ranks, num_terms, checksum, num_rounded = sums[:_HEAD]
+        if num_ranks and not self.terms:
+            self._open_unseen(round(num_terms / num_ranks), rounded=bool(num_rounded))
+        mine = [1.0, len(self.terms), _checksum(self.terms), float(any(t.rounded for t in self.terms.values()))]
+        if not all(math.isclose(a * num_ranks, b, rel_tol=1e-5) for a, b in zip(mine, sums[:_HEAD], strict=True)):
+            raise LossError(
+                "the loss",
+                given=f"the terms {sorted(self.terms)} on this rank and others, or of another dtype, on other ranks",
+                expected="the same terms in the same dtype on every rank",
+                fix="let loss_fn return every term on every rank; one that does not apply has total 0 and weight 0",
+            )
+        self._everywhere, self._read = {}, {}
+        for index, name in enumerate(self.terms):
+            total, weight, num_weighted, means = sums[_HEAD + 4 * index : _HEAD + 4 * index + 4]
+            self._everywhere[name] = (weight, num_weighted)
+            match self._policy:
+                case Exact():
+                    mean = total / weight if weight else 0.0
+                case Uniform():
+                    mean = means / num_weighted if num_weighted else 0.0
+                case Constant(n):
+                    mean = means / n
+            self._read[name] = (mean, weight)
 
     def correction(self, weights: Mapping[str, Weight]) -> float | Tensor:
         """What the accumulated gradient has to be multiplied by; the number 1 if by nothing.
@@ -235,7 +324,7 @@ class Tally:
             case Exact():
                 return weight
             case Uniform():
-                return _summed([_counts(weight) for weight in term.weights])
+                return self._num_weighted(term)
             case Constant(n):
                 return n
 
@@ -259,17 +348,34 @@ class Tally:
                 fix='pass the micro-batches as a list, or leave normalize at "exact"',
             )
         for name, part in parts.items():
-            expected = counted.get(name, self._guess)
-            if isinstance(self._policy, Uniform):
-                expected = self._num or 1
-            elif isinstance(self._policy, Constant):
-                expected = self._policy.num_micro_batches
-            self.terms[name] = _Term(
-                expected,
-                promised=name in counted,
-                scale=_scale(expected, part.tensor.dtype, corrected=len(parts) == 1),
+            self.terms[name] = self._term(
+                counted.get(name),
+                # A power of two survives the rounding of a 16-bit loss; the correction at the close, in the
+                # gradient's precision, supplies the rest.
+                rounded=len(parts) == 1 and part.tensor.dtype in (torch.bfloat16, torch.float16),
                 seeds=self._seeds.like(part.tensor),
             )
+
+    def _open_unseen(self, num_terms: int, *, rounded: bool) -> None:
+        """Open the terms that only other ranks have seen."""
+        counted = self._counted or {}
+        for name in counted if len(counted) == num_terms else ["loss"]:
+            self.terms[name] = self._term(counted.get(name), rounded=rounded, seeds={})
+
+    def _term(self, counted: Weight | None, *, rounded: bool, seeds: dict[float, Tensor]) -> _Term:
+        match self._policy:
+            case Exact():
+                expected = self._guess if counted is None else counted
+            case Uniform():
+                expected = self._num or 1
+            case Constant(n):
+                expected = n
+        return _Term(expected, promised=counted is not None, rounded=rounded, seeds=seeds)
+
+    def _num_weighted(self, term: _Term) -> Weight:
+        if self._everywhere is not None:
+            return next(num for name, (_, num) in self._everywhere.items() if self.terms[name] is term)
+        return _summed(list(map(_counts, term.weights)))
 
     def _seed(self, term: _Term, tensor: Tensor, factor: float, weight: Weight) -> Tensor:
         scale = term.scale
@@ -286,16 +392,20 @@ class Tally:
         return seed
 
 
-def _scale(expected: Weight, dtype: torch.dtype, *, corrected: bool) -> float | Tensor:
+def _scale(expected: Weight, *, rounded: bool) -> float | Tensor:
     if isinstance(expected, Tensor):
         return torch.where(expected > 0, 1.0 / expected, torch.zeros((), device=expected.device))
     if expected <= 0:
         return 0.0
-    if corrected and dtype in (torch.bfloat16, torch.float16):
-        # A power of two survives the rounding of a 16-bit loss; the correction at the close, in the gradient's
-        # precision, supplies the rest.
-        return 2.0 ** -round(math.log2(expected))
-    return 1.0 / expected
+    return 2.0 ** -round(math.log2(expected)) if rounded else 1.0 / expected
+
+
+def _mean_of(total: Tensor, weight: Weight) -> Tensor:
+    return torch.where(torch.as_tensor(weight, device=total.device) > 0, total / weight, torch.zeros_like(total))
+
+
+def _checksum(names: Iterable[str]) -> float:
+    return float(zlib.crc32("\0".join(names).encode()) % 2**14)  # adds up exactly in float32, over 1,024 ranks
 
 
 def _check_promise(name: str, expected: Weight, seen: Weight) -> None:

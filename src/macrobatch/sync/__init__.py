@@ -1,0 +1,39 @@
+"""How ranks agree on a gradient: one strategy a file; `make_sync` finds the one that fits."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from macrobatch.errors import ArgumentError
+from macrobatch.sync.base import LocalSync, Sync
+from macrobatch.sync.replicated import ReplicatedSync
+from macrobatch.sync.sharded import Policy, ShardedSync
+from macrobatch.sync.wrapped import WrappedSync
+
+__all__ = ["LocalSync", "Policy", "ReplicatedSync", "ShardedSync", "Sync", "WrappedSync", "make_sync"]
+
+
+def make_sync(sync: object, model: nn.Module) -> Sync:
+    """The strategy for a name, for a strategy itself, or for what the process and the model are.
+
+    ```pycon
+    >>> make_sync("auto", nn.Linear(1, 1)).has_peers
+    False
+
+    ```
+    """
+    if isinstance(sync, Sync):
+        return sync
+    if sync == "local":
+        return LocalSync()
+    if sync == "auto":
+        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        if alone:
+            return LocalSync()
+        if isinstance(model, DistributedDataParallel):
+            return WrappedSync()
+        return ShardedSync() if any(isinstance(m, FSDPModule) for m in model.modules()) else ReplicatedSync()
+    raise ArgumentError("sync", given=sync, expected='"auto", "local" or a Sync object', fix='leave it at "auto"')

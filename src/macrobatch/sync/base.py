@@ -1,0 +1,66 @@
+"""What a window asks of the ranks. The base class is one process: there is nobody to agree with."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.weighting import Plan, Tally
+
+__all__ = ["LocalSync", "Sync"]
+
+
+class Sync:
+    """A strategy that makes one gradient of what the ranks have. This one is for a single process.
+
+    A subclass overrides what differs. In the order in which a window calls them:
+
+    1. `begin`, once, before the first window;
+    2. `plan`, at the start of every window;
+    3. `micro_batch`, around the forward and the backward of every micro-batch;
+    4. `close`, after the last backward, or after an error.
+
+    Sums travel: gradients and weights are added up over ranks and divided once, by the caller.
+    """
+
+    has_peers = False
+    """Whether other ranks take part, so that this one's share of a window may be empty."""
+
+    widens = True
+    """Whether 16-bit parameters may have gradients in float32."""
+
+    def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
+        """Make parameters and module buffers equal on all ranks."""
+
+    def header(self, num_parameters: int) -> int:
+        """How many numbers travel in front of the gradients."""
+        return 0
+
+    def plan(self, plan: Plan) -> Plan:
+        """What all ranks together know of a window, from what this rank knows of its share."""
+        return plan
+
+    def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Context of one micro-batch."""
+        return _NOTHING
+
+    def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
+        """Add up gradients and tally over ranks, and find which parameters any rank used.
+
+        Args:
+            gradients: collected on this rank.
+            tally: of this rank; None if it failed, which the others then hear.
+
+        Raises:
+            PeerError: another rank failed; no rank's window counts.
+        """
+        if tally is not None:
+            gradients.collect()
+
+
+LocalSync = Sync
+
+_NOTHING = nullcontext()

@@ -1,0 +1,152 @@
+"""What strategies over several ranks have in common: agreeing on plans, adding up tallies, copying from one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from macrobatch import tree
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.loss import Weight, checked_counts
+from macrobatch.core.weighting import NUM_SUMS, Plan, Tally
+from macrobatch.errors import ArgumentError, LossError, PeerError
+
+__all__ = ["Peers"]
+
+CPU = torch.device("cpu")
+
+
+class Peers:
+    """The ranks of a group, seen from one of them. Every method is a collective: all ranks call it, in one order.
+
+    Args:
+        group: the ranks; all of them by default.
+        device: where numbers travel from: the parameters' device.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self._guesses: tuple[float, int] | None = None
+        self._names: list[str] = []
+        self._has_lent = False
+
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        return dist.get_world_size(self.group)
+
+    def check_layout(self, gradients: GradientBuffer) -> None:
+        """Refuse ranks that train different sets of parameters.
+
+        Raises:
+            ArgumentError: on every rank.
+        """
+        signature = [(tuple(slot.param.shape), str(slot.param.dtype)) for slot in gradients.slots]
+        everywhere: list[Any] = [None] * self.num
+        dist.all_gather_object(everywhere, signature, group=self.group)
+        if any(other != signature for other in everywhere):
+            raise ArgumentError(
+                "the trained parameters",
+                given=f"{[len(other) for other in everywhere]} of them by rank, or of other shapes",
+                expected="the same parameters in the same order on every rank",
+                fix="build model and optimizer alike on every rank",
+            )
+
+    def plan(self, plan: Plan) -> Plan:
+        """What all ranks together know of a window.
+
+        The first window's sizes, added up, are every window's guess: a scale must be the same on all ranks, and in
+        this way costs no collective later.
+        """
+        if self._guesses is None:
+            guess, num = self.summed([plan.guess, plan.num_micro_batches or 0])
+            self._guesses = max(guess, 1.0), max(round(num), 1)
+        guess, num = self._guesses
+        return plan._replace(guess=guess, num_micro_batches=num, expected=self._expected(plan.expected))
+
+    def summed(self, numbers: Sequence[float] | Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
+        """Numbers added up over ranks (or reduced otherwise), in float64."""
+        total = torch.as_tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, op, group=self.group)
+        return total.tolist()
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the first rank's tensors to all, in one message per device and dtype."""
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in {id(tensor): tensor for tensor in tensors}.values():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        with torch.no_grad():
+            for members in groups.values():
+                whole = torch.cat([tensor.reshape(-1) for tensor in members])
+                dist.broadcast(torch.view_as_real(whole) if whole.is_complex() else whole, source, group=self.group)
+                for tensor, part in zip(members, whole.split([tensor.numel() for tensor in members]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+    def check_alike(self, numbers: Mapping[str, Tensor]) -> None:
+        """Compare checksums over ranks.
+
+        Raises:
+            PeerError: on every rank, if one differs by more than rounding.
+        """
+        mine = torch.stack([number.detach().double().to(self.device) for number in numbers.values()])
+        extremes = self.summed(torch.cat([mine, -mine]), dist.ReduceOp.MAX)
+        for name, high, low in zip(numbers, extremes, extremes[len(mine) :], strict=False):
+            if high + low > 1e-5 * abs(high):
+                raise PeerError(
+                    f"the {name} of the first window",
+                    given=f"checksums from {-low:g} to {high:g} over ranks",
+                    expected="the same on every rank",
+                    fix="look for what changes parameters on one rank alone; cross_check=False turns this check off",
+                )
+
+    def check_replicas(self, gradients: GradientBuffer) -> None:
+        """Refuse replicas whose parameters or reduced gradients differ."""
+        params = [slot.param.detach().abs().sum(dtype=torch.float64).to(self.device) for slot in gradients.slots]
+        self.check_alike({"parameters": torch.stack(params).sum(), "gradients": gradients.norm()})
+
+    def add_up(self, gradients: GradientBuffer, tally: Tally) -> None:
+        """Weights, losses and which parameters were used, for gradients that are added up already."""
+        used = torch.tensor([float(slot.used) for slot in gradients.slots], dtype=torch.float64, device=self.device)
+        numbers = self.summed(torch.cat([tally.pack(torch.float64, self.device), used]))
+        for slot, uses in zip(gradients.slots, numbers[NUM_SUMS:], strict=True):
+            slot.used = uses > 0
+        tally.absorb(numbers[:NUM_SUMS])
+
+    def spare(self, micro_batch: Any) -> Any:
+        """In the first window, a micro-batch of one sample from the first rank that has one; later, what is given."""
+        if self._has_lent:
+            return micro_batch
+        self._has_lent = True
+        sample = None if micro_batch is None else tree.to_device(tree.select(micro_batch, slice(0, 1)), CPU)
+        samples: list[Any] = [None] * self.num
+        dist.all_gather_object(samples, sample, group=self.group)
+        return next((each for each in samples if each is not None), None)
+
+    def _expected(self, expected: Mapping[str, Weight] | Weight | None) -> dict[str, Weight] | None:
+        """Weights counted ahead, added up; a rank without samples gives {}."""
+        counts = checked_counts(expected)
+        if counts is None:
+            return None
+        if not self._names:
+            everywhere: list[Any] = [None] * self.num
+            dist.all_gather_object(everywhere, sorted(counts), group=self.group)
+            self._names = sorted({name for names in everywhere for name in names})
+        known = counts or dict.fromkeys(self._names, 0.0)
+        is_unknown = float(known.keys() != set(self._names))
+        values = [known.get(name, 0.0) for name in self._names]
+        numbers = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (*values, is_unknown)]
+        *totals, num_unknown = self.summed(torch.stack(numbers))
+        if num_unknown:
+            raise LossError(
+                "what count returned",
+                given=f"the terms {sorted(known)} on this rank",
+                expected=f"{self._names} on every rank, in every window",
+                fix="count every term on every rank, also where it is 0",
+            )
+        return dict(zip(self._names, totals, strict=True))

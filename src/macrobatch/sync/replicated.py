@@ -1,0 +1,221 @@
+"""Every rank has the whole model: one all-reduce of the flat buffer per window.
+
+The buffer is cut into buckets, from its end to its front, since gradients become ready in that order. In the last
+micro-batch's backward, each bucket is sent off as soon as all of its parameters have theirs; the rest follows when the
+backward is through. All ranks send in the same order, whatever their own order of readiness, and send every bucket,
+whatever they used. What has to travel beside the gradients (weights, losses, which parameters were used, whether a rank
+failed) is in the header of the first buffer, which goes last: small models need one collective per window.
+
+While a bucket is under way its parameters' `.grad` is None. A gradient that comes late (a weight that two re-entrant
+checkpoints share, a second backward in one loss function) thus lands in a tensor of its own. All ranks hear of it
+through the header and add up the latecomers in a second round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from macrobatch.core.gradients import GradientBuffer, Slot
+from macrobatch.core.weighting import NUM_SUMS, Plan, Tally
+from macrobatch.errors import ArgumentError, PeerError
+from macrobatch.sync.base import Sync
+from macrobatch.sync.peers import Peers
+
+__all__ = ["ReplicatedSync"]
+
+_FAILED, _LATE, _SUMS = 0, 1, 2  # where the numbers of the header begin
+
+
+class ReplicatedSync(Sync):
+    """All-reduce of the flat gradient buffer, overlapped with the last backward.
+
+    Nothing is armed in a forward. Legal are: parameters unused in the last micro-batch, on one rank or on all; several
+    forwards before their backwards; checkpointing of both kinds; other numbers of micro-batches on other ranks, none
+    included. An error on one rank reaches the others as a `PeerError` at the end of the window.
+
+    Args:
+        group: the ranks; all of them by default.
+        bucket_bytes: size of a bucket. Smaller ones start earlier, larger ones travel faster.
+        wire_dtype: send gradients in this dtype, `torch.bfloat16` for half the traffic at bf16's accuracy.
+        overlap: send buckets during the last backward; without it, after it.
+        cross_check: after the first window, compare a checksum of gradients and parameters over ranks.
+    """
+
+    has_peers = True
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None = None,
+        bucket_bytes: int = 25 * 2**20,
+        wire_dtype: torch.dtype | None = None,
+        overlap: bool = True,
+        cross_check: bool = True,
+    ) -> None:
+        if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+            raise ArgumentError(
+                "bucket_bytes", given=bucket_bytes, expected="an integer >= 1", fix="leave it at its default"
+            )
+        self._group = group
+        self._bucket_bytes = bucket_bytes
+        self._wire_dtype = wire_dtype
+        self._overlap = overlap
+        self._cross_check = cross_check
+        self._model: nn.Module | None = None
+        self._buckets: list[_Bucket] = []
+        self._layout: list[Slot] = []
+        self._unpredictable: set[int] = set()
+        self._flying: list[tuple[_Bucket, dist.Work, Tensor | None]] = []
+        self._peers: Peers | None = None
+
+    def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
+        """Broadcast parameters and buffers from the group's first rank.
+
+        Raises:
+            ArgumentError: the ranks train different sets of parameters.
+        """
+        self._model = model
+        gradients.start()
+        self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
+        peers.check_layout(gradients)
+        peers.broadcast([*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()])
+
+    def header(self, num_parameters: int) -> int:
+        """Room for: a rank failed; a gradient came late; the tally's sums; which parameters were used."""
+        return _SUMS + NUM_SUMS + num_parameters
+
+    def plan(self, plan: Plan) -> Plan:
+        """One collective in the first window; later, only if weights are counted ahead."""
+        assert self._peers is not None
+        return self._peers.plan(plan)
+
+    def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
+        """In the last one, send buckets as they become ready."""
+        if is_last and self._overlap:
+            return self._sending(gradients)
+        return super().micro_batch(gradients, is_last=is_last)
+
+    def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
+        """Send what is left, the header last, and read what it says."""
+        assert self._peers is not None
+        assert self._model is not None
+        late = self._latecomers()
+        if tally is not None:
+            gradients.collect()
+        self._cut(gradients)
+        self._fill_header(gradients, tally, late)
+        for bucket in self._buckets[len(self._flying) :]:
+            self._send(bucket)
+        for bucket, work, wire in self._flying:
+            work.wait()
+            if wire is not None:
+                bucket.numbers.copy_(wire)
+        self._flying.clear()
+        header = gradients.flats[0].header[: self.header(len(gradients.slots))].tolist()
+        if header[_FAILED]:
+            if tally is None:
+                return
+            raise PeerError(
+                "the window",
+                given=f"{header[_FAILED]:.0f} of the other ranks failed in it",
+                expected="every rank to reach the end of the window; nothing was changed on this one",
+                fix="look at the error of the rank that failed",
+            )
+        if header[_LATE]:
+            self._add_latecomers(gradients, late)
+        for slot, uses in zip(gradients.slots, header[_SUMS + NUM_SUMS :], strict=True):
+            slot.used = uses > 0
+        if tally is not None:
+            tally.absorb(header[_SUMS : _SUMS + NUM_SUMS])
+        if self._cross_check:
+            self._cross_check = False
+            self._peers.check_replicas(gradients)
+        self._peers.broadcast(self._model.buffers())
+
+    @contextmanager
+    def _sending(self, gradients: GradientBuffer) -> Generator[None]:
+        self._cut(gradients)
+        waiting = [{id(slot.param) for slot in bucket.slots} for bucket in self._buckets]
+        home = {id(slot.param): index for index, bucket in enumerate(self._buckets) for slot in bucket.slots}
+        held = {home[param] for param in self._unpredictable if param in home} | {len(self._buckets) - 1}
+
+        def ready(param: Tensor) -> None:
+            waiting[home[id(param)]].discard(id(param))
+            while (following := len(self._flying)) not in held and not waiting[following]:
+                for slot in self._buckets[following].slots:
+                    slot.param.grad = None
+                self._send(self._buckets[following])
+
+        handles = [slot.param.register_post_accumulate_grad_hook(ready) for slot in gradients.slots]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _send(self, bucket: _Bucket) -> None:
+        wire = None if self._wire_dtype is None or bucket.has_header else bucket.numbers.to(self._wire_dtype)
+        numbers = bucket.numbers if wire is None else wire
+        numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+        work = dist.all_reduce(numbers, group=self._group, async_op=True)
+        assert work is not None
+        self._flying.append((bucket, work, wire))
+
+    def _latecomers(self) -> list[tuple[Slot, Tensor]]:
+        """Gradients that arrived after their bucket had left. Every `.grad` is its view again."""
+        late: list[tuple[Slot, Tensor]] = []
+        for bucket, *_ in self._flying:
+            for slot in bucket.slots:
+                grad, slot.param.grad = slot.param.grad, slot.view
+                if grad is not None:
+                    late.append((slot, grad))
+        return late
+
+    def _add_latecomers(self, gradients: GradientBuffer, late: list[tuple[Slot, Tensor]]) -> None:
+        for flat in gradients.flats:
+            extra = torch.zeros_like(flat.numbers)
+            for slot, grad in late:
+                if slot.flat is flat:
+                    slot.within(extra).copy_(grad)
+            dist.all_reduce(torch.view_as_real(extra) if extra.is_complex() else extra, group=self._group)
+            flat.numbers.add_(extra)
+        self._unpredictable.update(id(slot.param) for slot, _ in late)
+
+    def _cut(self, gradients: GradientBuffer) -> None:
+        """Cut the buffers into buckets, from the end to the front, the one with the header last."""
+        if self._layout is gradients.slots:
+            return
+        self._layout = gradients.slots
+        self._buckets = []
+        for flat in reversed(gradients.flats):
+            end = flat.numbers.numel()
+            slots: list[Slot] = []
+            for slot in reversed([slot for slot in gradients.slots if slot.flat is flat]):
+                slots.append(slot)
+                if (end - slot.start) * flat.numbers.element_size() >= self._bucket_bytes and slot.start:
+                    self._buckets.append(_Bucket(flat.numbers[slot.start : end], slots, has_header=False))
+                    end, slots = slot.start, []
+            room = flat.storage.numel() - flat.numbers.numel()
+            self._buckets.append(_Bucket(flat.storage[: room + end], slots, has_header=room > 0))
+
+    def _fill_header(self, gradients: GradientBuffer, tally: Tally | None, late: list[tuple[Slot, Tensor]]) -> None:
+        header = gradients.flats[0].header
+        used = [float(slot.used and tally is not None) for slot in gradients.slots]
+        flags = torch.tensor([float(tally is None), float(bool(late)), *[0.0] * NUM_SUMS, *used], dtype=header.dtype)
+        header[: len(flags)] = flags.to(header.device)
+        if tally is not None:
+            header[_SUMS : _SUMS + NUM_SUMS] = tally.pack(header.dtype, header.device)
+
+
+class _Bucket(NamedTuple):
+    """A stretch of a flat buffer that travels at once, and the parameters in it."""
+
+    numbers: Tensor
+    slots: list[Slot]
+    has_header: bool

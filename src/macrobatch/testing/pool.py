@@ -1,0 +1,154 @@
+"""A warm pool of ranks: processes with a gloo group that stay, so that a test over ranks costs milliseconds.
+
+A job is a function at the top of a module and is found again by its file, so that test modules need not be importable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
+from typing import Any
+
+__all__ = ["RankError", "RankPool"]
+
+
+class RankError(AssertionError):
+    """A job failed on one or more ranks; the text has their tracebacks."""
+
+
+class RankPool:
+    """`world_size` processes, ranks of one gloo group.
+
+    Equivalent to starting the job under torchrun, without the seconds that importing torch takes each time.
+
+    Args:
+        world_size: number of ranks, >= 1.
+        timeout_s: longest a job or a collective may take. After a failure the processes are replaced by new ones.
+
+    ```pycon
+    >>> with RankPool(2) as pool:  # doctest: +SKIP
+    ...     pool.run(job, 1.0)
+    [3.0, 3.0]
+
+    ```
+    """
+
+    def __init__(self, world_size: int, *, timeout_s: float = 120.0) -> None:
+        self.world_size = world_size
+        self._timeout_s = timeout_s
+        self._members: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        """`job(*args)` on every rank, inside the group; the results by rank.
+
+        Raises:
+            RankError: it raised on a rank, or took too long.
+        """
+        outcomes = self.outcomes(job, *args)
+        failed = [f"--- rank {rank}\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+        if failed:
+            raise RankError("\n".join(failed))
+        return [value for _, value in outcomes]
+
+    def outcomes(self, job: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
+        """As `run`, but by rank either (True, result) or (False, traceback)."""
+        if not self._members:
+            self._open()
+        for _, pipe in self._members:
+            pipe.send((job.__code__.co_filename, job.__name__, args))
+        outcomes: list[tuple[bool, Any]] = [(False, f"no answer within {self._timeout_s} s")] * self.world_size
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._members)}
+        while waiting:
+            ready = wait(list(waiting), self._timeout_s)
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # pyright: ignore[reportArgumentType]
+                try:
+                    outcomes[rank] = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                except EOFError:
+                    outcomes[rank] = (False, "the process died")
+        if not all(ok for ok, _ in outcomes):
+            self.close()  # a rank that failed in the middle of a collective leaves the group unusable
+        return outcomes
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._members:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            pipe.close()
+            process.join(0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._members = []
+
+    def _open(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "macrobatch"])
+        port = _free_port()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            args = (rank, self.world_size, port, self._timeout_s, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, ours))
+
+
+def _serve(rank: int, world_size: int, port: int, timeout_s: float, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s / 2),
+    )
+    modules: dict[str, ModuleType] = {}
+    while True:
+        task: tuple[str, str, Sequence[Any]] | None = pipe.recv()
+        if task is None:
+            os._exit(0)  # without waiting for peers that may be gone
+        path, name, args = task
+        try:
+            torch.manual_seed(rank)
+            pipe.send((True, getattr(_loaded(path, modules), name)(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _loaded(path: str, modules: dict[str, ModuleType]) -> ModuleType:
+    if path not in modules:
+        spec = importlib.util.spec_from_file_location(f"job_{len(modules)}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        modules[path] = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = modules[path]
+        spec.loader.exec_module(modules[path])
+    return modules[path]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
