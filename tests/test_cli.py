@@ -222,7 +222,6 @@ def test_verify_options_choose_the_splits(command, options, code):
     assert command("verify", "cases:exact_in_threes", *options).code == code
 
 
-@pytest.mark.xfail(reason="a named tuple is taken by position, not by its names")
 def test_verify_case_may_be_a_named_tuple(command):
     assert command("verify", "cases:exact_as_a_named_tuple").code == 0
 
@@ -246,12 +245,10 @@ def test_verify_target_that_is_not_there_exits_with_2(command, target, named):
     assert "macrobatch verify train:case" in message
 
 
-@pytest.mark.xfail(reason="a leading ./ becomes a relative import: TypeError, exit code 1")
 def test_verify_target_may_be_a_path_from_here(command):
     assert command("verify", "./cases.py:exact").code == 0
 
 
-@pytest.mark.xfail(reason="called without a look: TypeError, exit code 1")
 def test_verify_target_that_is_no_function_exits_with_2(command):
     assert "number" in refused_in_one_message(command("verify", "cases:number"))
 
@@ -293,7 +290,6 @@ def test_debug_changes_nothing_about_a_run_without_errors(command):
     assert command("--debug", "verify", "cases:inexact").code == 1
 
 
-@pytest.mark.xfail(reason="only known in front of the command: no such option, exit code 2")
 def test_debug_may_stand_at_the_end(command):
     """Where one types it, after reading "(--debug shows where)"."""
     assert command("verify", "cases:exact", "--debug").code == 0

@@ -290,13 +290,11 @@ class WithPositions(nn.Module):
         return self.dropout(self.tokens(ids_BT) + self.positions(positions_T))
 
 
-@pytest.mark.xfail(reason="an input with another number of rows raises ArgumentError", raises=ArgumentError)
 def test_module_with_another_number_of_rows_is_passed_over():
     finding = the_finding(WithPositions(), squares, torch.randint(0, 7, (6, 5)))
     assert finding.culprit == "Dropout at model.dropout"
 
 
-@pytest.mark.xfail(reason="the list of its arguments is taken for a list of rows", raises=ArgumentError)
 def test_module_called_with_plain_numbers_is_passed_over():
     class Scale(nn.Module):
         def forward(self, factor: float) -> Tensor:
@@ -309,7 +307,6 @@ def test_module_called_with_plain_numbers_is_passed_over():
     assert finding.culprit == "BatchNorm1d at model.norm"
 
 
-@pytest.mark.xfail(reason="inf − inf is NaN, which agrees with nothing: the module seems to draw random numbers")
 def test_module_with_infinite_outputs_is_not_named():
     class Masked(nn.Module):
         def forward(self, x_BC: Tensor) -> Tensor:
@@ -427,7 +424,6 @@ def test_error_on_the_whole_batch_is_the_users_own():
         mb.verify(nn.Linear(3, 1), loss_fn, torch.randn(6, 3), micro_batch=2)
 
 
-@pytest.mark.xfail(reason="each term is accumulated alone, and a constant one alone has nothing to run backward from")
 @pytest.mark.parametrize("applies", [[True, True, False, False], [False] * 4], ids=["to some", "to none"])
 def test_term_that_does_not_apply_to_a_micro_batch_passes(applies):
     """As TrainStep advises: a term that does not apply has total 0 and weight 0."""
@@ -444,7 +440,6 @@ def test_term_that_does_not_apply_to_a_micro_batch_passes(applies):
     assert report.ok
 
 
-@pytest.mark.xfail(reason="the loss of another model leaves the gradient zero on both sides, which agrees")
 def test_loss_of_another_model_than_the_one_given_is_refused():
     model = nn.Embedding(5, 3)
 
@@ -458,7 +453,6 @@ def test_loss_of_another_model_than_the_one_given_is_refused():
     assert not report.ok
 
 
-@pytest.mark.xfail(reason="a loss that is NaN for the whole batch too is told to be a micro-batch's fault")
 def test_loss_that_is_not_finite_is_not_blamed_on_accumulation():
     report = mb.verify(nn.Linear(3, 1), lambda model, x: (model(x) / 0).mean(), torch.randn(6, 3), micro_batch=2)
     assert not report.ok
@@ -488,7 +482,6 @@ def test_against_never_runs_the_whole_batch_backward():
     assert set(rows) == {2, 3}
 
 
-@pytest.mark.xfail(reason="the kind of the loss is found out by a forward of the whole batch, with its graph")
 def test_against_never_runs_the_whole_batch_forward_if_all_is_well():
     rows: list[int] = []
 
@@ -619,7 +612,6 @@ def test_what_is_no_loss_is_refused(output):
         mb.verify(nn.Linear(3, 1), lambda model, x: output, torch.randn(6, 3), micro_batch=2)
 
 
-@pytest.mark.xfail(reason="torch's own RuntimeError, which does not say what to do", raises=RuntimeError)
 def test_model_without_trainable_parameters_is_refused():
     with pytest.raises((ArgumentError, LossError)):
         mb.verify(nn.Linear(3, 1).requires_grad_(False), squares, torch.randn(6, 3), micro_batch=2)

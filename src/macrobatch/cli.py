@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -78,44 +79,56 @@ def show_env() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors are one message, with a traceback only on request."""
+    """Run the command line; errors are one message, with a traceback only on request. Exit code 2 for any of them."""
     debug = _DEBUG in sys.argv or env.debug()
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
-        app()
-    except KeyboardInterrupt:
-        console.print("interrupted", style="yellow")
-        raise SystemExit(130) from None
-    except MacrobatchError as error:
-        if debug:
-            raise
-        console.print(f"error: {error}", style="red")
-        raise SystemExit(2) from None
+        app([word for word in sys.argv[1:] if word != _DEBUG])
     except Exception as error:
         if debug:
             raise
-        console.print(f"{type(error).__name__}: {error}\n({_DEBUG} shows where)", style="red")
-        raise SystemExit(1) from None
+        of_ours = isinstance(error, MacrobatchError)
+        text = f"error: {error}" if of_ours else f"{type(error).__name__}: {error}\n({_DEBUG} shows where)"
+        console.print(text, style="red")
+        raise SystemExit(2) from None
 
 
 def _case(target: str) -> dict[str, Any]:
-    module_name, _, function_name = target.partition(":")
-    sys.path.insert(0, os.getcwd())
+    location, _, name = target.rpartition(":")
     try:
-        function = getattr(importlib.import_module(module_name.removesuffix(".py").replace("/", ".")), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(_module(location), name)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         raise ArgumentError(
             "MODULE:FUNCTION",
             given=f"{target!r} ({error})",
-            expected="an importable module and a function in it",
-            fix="run it from the folder of the module, for example: macrobatch verify train:case",
+            expected="an importable module or a file, and a function in it",
+            fix="for example: macrobatch verify train.py:case",
         ) from None
-    case = function()
+    if not callable(function):
+        raise ArgumentError(
+            target,
+            given=f"a {type(function).__name__}",
+            expected="a function without arguments",
+            fix="write def case()",
+        )
+    case: Any = function()
     names = ("model", "loss_fn", "batch")
-    if isinstance(case, tuple) and len(case) == len(names):
-        return dict(zip(names, case, strict=True))
-    if isinstance(case, Mapping) and set(case) == set(names):
-        return dict(case)
+    fields = case._asdict() if hasattr(case, "_asdict") else case
+    if isinstance(fields, tuple) and len(fields) == len(names):
+        return dict(zip(names, fields, strict=True))
+    if isinstance(fields, Mapping) and set(fields) == set(names):
+        return dict(fields)
     raise ArgumentError(
         target, given=f"a {type(case).__name__}", expected="(model, loss_fn, batch)", fix="return these three"
     )
+
+
+def _module(location: str) -> ModuleType:
+    """A module by its name, or by its file."""
+    sys.path.insert(0, os.getcwd())
+    path = Path(location)
+    if path.suffix != ".py":
+        return importlib.import_module(location.replace("/", "."))
+    sys.path.insert(0, str(path.resolve().parent))
+    path.stat()
+    return importlib.import_module(path.stem)

@@ -18,7 +18,7 @@ from macrobatch import tree
 from macrobatch.core.loss import Loss
 from macrobatch.core.step import LossFn
 from macrobatch.core.twopass import TwoPass
-from macrobatch.errors import BatchError
+from macrobatch.errors import ArgumentError, BatchError
 
 __all__ = ["Finding", "coupling_modules", "loss_findings"]
 
@@ -101,11 +101,11 @@ def loss_findings(model: nn.Module, loss_fn: LossFn, batch: Any, sizes: Sequence
 def _tested(module: nn.Module, culprit: str, call: Call, sizes: Sequence[int]) -> Finding | None:
     args, kwargs = call
     try:
-        cut = tree.split((list(args), kwargs), sizes)
-    except BatchError:  # an input without rows: nothing to cut
+        cut = tree.split((args, kwargs), sizes)
+    except (BatchError, ArgumentError):  # an input without the batch's rows: nothing to cut
         return None
 
-    def rows(calls: list[tuple[list[Any], dict[str, Any]]]) -> Tensor | None:
+    def rows(calls: list[Call]) -> Tensor | None:
         with torch.no_grad():
             outputs = [copy.deepcopy(module)(*a, **k) for a, k in calls]
         leaves = [[leaf for leaf in tree.leaves(o) if isinstance(leaf, Tensor) and leaf.ndim] for o in outputs]
@@ -113,7 +113,7 @@ def _tested(module: nn.Module, culprit: str, call: Call, sizes: Sequence[int]) -
             return None
         return torch.cat([part[0] for part in leaves]).double()
 
-    whole, again = rows([(list(args), kwargs)]), rows([(list(args), kwargs)])
+    whole, again = rows([call]), rows([call])
     try:
         parts = rows(cut)
     except (RuntimeError, ValueError, IndexError):  # it takes the whole batch and refuses a part
@@ -144,7 +144,10 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one - other).norm() <= _CLOSE * one.norm())
+    if one.shape != other.shape:
+        return False
+    alike = (one == other) | (one.isnan() & other.isnan())  # masked logits are -inf on both sides
+    return bool((one - other)[~alike].norm() <= _CLOSE * one[one.isfinite()].norm())
 
 
 def _terms(output: Any) -> dict[str, tuple[float, float | None]]:

@@ -56,18 +56,22 @@ def cross_entropy(
 
     ```
     """
-    if logits.ndim < 1 or labels.shape != logits.shape[:-1]:
+    if logits.ndim < 1 + shift or labels.shape != logits.shape[:-1]:
         raise LossError(
             "cross_entropy",
             given=f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}",
-            expected="logits (..., classes) and labels (...)",
+            expected="logits (..., classes) and labels (...)" + (", with time for shift" if shift else ""),
             fix="put the classes last, for logits (batch, classes, ...) with logits.movedim(1, -1)",
         )
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     logits_NC, labels_N = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if logits_NC.dtype in (torch.bfloat16, torch.float16):
+        logits_NC = logits_NC.float()
+    if class_weight is not None:
+        class_weight = class_weight.to(logits_NC)
     total = F.cross_entropy(
-        logits_NC.float() if logits_NC.dtype in (torch.bfloat16, torch.float16) else logits_NC,
+        logits_NC,
         labels_N,
         weight=class_weight,
         ignore_index=ignore_index,

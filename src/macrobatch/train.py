@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from macrobatch import tree
 from macrobatch.core.events import Listener
-from macrobatch.core.gradients import GradientBuffer, refuse_sparse
+from macrobatch.core.gradients import GradientBuffer, refuse_sparse, set_gradient
 from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
@@ -120,7 +120,9 @@ class TrainStep:
         self._step = Step(
             model,
             loss_fn,
-            gradients=GradientBuffer(lambda: _parameters(self.optimizers), header=strategy.header, widens=strategy.widens),
+            gradients=GradientBuffer(
+                lambda: _parameters(self.optimizers), header=strategy.header, widens=strategy.widens
+            ),
             update=Update(
                 optimizers=self.optimizers,
                 schedulers=self.schedulers,
@@ -216,7 +218,9 @@ class TrainStep:
         return self._step.run(micro_batches, plan)
 
 
-def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: int | Split) -> Loss:
+def accumulate(
+    model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: int | Split, count: Count | None = None
+) -> Loss:
     """Fill `.grad` with the gradient of the macro-batch's mean loss, and do nothing else.
 
     Equivalent to `loss_fn(model, batch).backward()` on parameters without gradients, in less memory. Every parameter
@@ -228,9 +232,11 @@ def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: in
         loss_fn: as for `TrainStep`.
         batch: the macro-batch.
         micro_batch: samples per micro-batch, `Rows` or `Tokens`.
+        count: as for `TrainStep`; needed if the loss has several terms.
 
     Returns:
-        The detached sum and weight of the loss, `Loss(total, weight)`; its `.mean` is the loss.
+        The detached sum and weight of the loss, `Loss(total, weight)`; its `.mean` is the loss. Of several terms, the
+        sum of their means, with weight 1.
 
     ```pycon
     >>> model = nn.Linear(2, 1, bias=False)
@@ -243,7 +249,7 @@ def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: in
     held = [(param, param.grad) for param in model.parameters() if param.requires_grad]
     buffer = GradientBuffer(lambda: [param for param, _ in held])
     micro_batches = make_split(micro_batch).split(batch)
-    _check_callables(model, loss_fn, None)
+    _check_callables(model, loss_fn, count)
     if not held:
         raise ArgumentError("model", given="no parameter that requires grad", expected="one", fix="unfreeze a part")
     step = Step(
@@ -258,19 +264,21 @@ def accumulate(model: nn.Module, loss_fn: LossFn, batch: Any, *, micro_batch: in
         sync=LocalSync(),
     )
     try:
-        plan = Plan(len(micro_batches), sum(rows for _, rows in micro_batches))
+        expected = None if count is None else count(batch)
+        plan = Plan(len(micro_batches), sum(rows for _, rows in micro_batches), expected)
         tally = step.gradient(micro_batches, plan).tally
     except BaseException:
         buffer.release()
         for param, grad in held:
-            param.grad = grad
+            set_gradient(param, grad)
         raise
     filled = buffer.used()
     buffer.release()
     for param, view in filled:
         param.grad = view.to(param.dtype)
-    ((mean, weight),) = tally.read().values()
-    return Loss(torch.tensor(mean * weight, dtype=torch.float64), weight)
+    terms = list(tally.read().values())
+    total, weight = (terms[0][0] * terms[0][1], terms[0][1]) if len(terms) == 1 else (sum(m for m, _ in terms), 1.0)
+    return Loss(torch.tensor(total, dtype=torch.float64), weight)
 
 
 def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:

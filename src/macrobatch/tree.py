@@ -1,8 +1,8 @@
 """Batches of any shape: tensors in tuples, lists, dicts and other mappings, NamedTuples and dataclasses, nested.
 
 A batch has *rows*, one per sample. A leaf with rows is a tensor or NumPy array with at least one dimension (rows are
-its first), or a list of plain values such as strings. Everything else (numbers, strings, None, 0-d tensors, other
-objects) has no rows and goes along with every micro-batch unchanged.
+its first), or a list of plain values such as strings, or of lists of them. Everything else (numbers, strings, None, 0-d
+tensors, other objects) has no rows and goes along with every micro-batch unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Flat(NamedTuple):
 
     def split(self, sizes: Sequence[int]) -> list[Any]:
         """Consecutive parts of the given numbers of rows, which must add up to all of them."""
-        if sum(sizes) != self.num_rows or min(sizes) < 1:
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != self.num_rows:
             raise ArgumentError(
                 "tree.split sizes",
                 given=list(sizes),
@@ -115,10 +115,11 @@ def cat(batches: Sequence[T]) -> T:
         BatchError: there is no batch, or the structures differ.
     """
     flat = [_flatten(batch) for batch in batches]
-    if not flat or len({len(values) for values, _ in flat}) > 1:
+    structures = {_structure(batch) for batch in batches}
+    if len(structures) != 1:
         raise BatchError(
             "tree.cat",
-            given=f"{len(flat)} batches with {[len(values) for values, _ in flat]} leaves",
+            given=f"{len(flat)} batches of {len(structures)} structures",
             expected="at least one batch, all of the same structure",
             fix="cat only batches that came from one split",
         )
@@ -149,7 +150,7 @@ def to_device(batch: T, device: torch.device) -> T:
 
 
 def _is_row_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, _ATOMS) for item in value)
+    return isinstance(value, list) and all(isinstance(item, _ATOMS) or _is_row_list(item) for item in value)
 
 
 def _has_rows(leaf: Any) -> bool:
@@ -210,6 +211,14 @@ def _flatten(tree: Any) -> tuple[list[Any], Rebuild]:
         return _rebuilt(tree, keys, [make(group) for (_, make), group in zip(flat, groups, strict=True)])
 
     return [leaf for values, _ in flat for leaf in values], rebuild
+
+
+def _structure(tree: Any) -> tuple[Any, ...]:
+    parts = _children(tree)
+    if parts is None:
+        return (type(tree).__name__ if _has_rows(tree) else "no rows",)
+    keys, nodes = parts
+    return type(tree).__name__, tuple(keys), *map(_structure, nodes)
 
 
 def _split_leaf(leaf: Any, sizes: Sequence[int]) -> Sequence[Any]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from macrobatch import tree
 from macrobatch.core.loss import Loss
 from macrobatch.core.step import LossFn
+from macrobatch.core.twopass import TwoPass
 from macrobatch.diagnose import Finding, coupling_modules, loss_findings
-from macrobatch.errors import LossError
+from macrobatch.errors import ArgumentError, LossError, NonFiniteError
 from macrobatch.plan.split import Split, make_split
 from macrobatch.train import accumulate
 
@@ -49,6 +50,13 @@ class Report:
         return "\n".join(lines)
 
 
+_UNEXPLAINED = Finding(
+    culprit="the model or the loss",
+    reason="gives a sample another gradient in a micro-batch than in the whole batch, in a way not known here",
+    advice="Look at the parameters named below, and at what their modules do with the batch dimension",
+)
+
+
 def verify(
     model: nn.Module,
     loss_fn: LossFn,
@@ -79,34 +87,61 @@ def verify(
 
     ```
     """
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ArgumentError("model", given="no parameter that requires grad", expected="one", fix="unfreeze a part")
     batch = tree.map_tensors(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, batch)
-    sizes = [num_rows for _, num_rows in make_split(micro_batch).split(batch)]
+    split = make_split(micro_batch)
+    sizes = [num_rows for _, num_rows in split.split(batch)]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         trial = copy.deepcopy(model).to(dtype)
-        reference = _whole(copy.deepcopy(trial), loss_fn, batch) if against is None else None
-        if reference is None:
-            reference = _split(copy.deepcopy(trial), loss_fn, batch, make_split(against))
+        reference = _reference(copy.deepcopy(trial), loss_fn, batch, None if against is None else make_split(against))
         findings: list[Finding] = []
         try:
-            errors = _errors(_split(copy.deepcopy(trial), loss_fn, batch, make_split(micro_batch)), reference)
-        except (RuntimeError, ValueError, IndexError) as raised:  # the whole batch went through, a part does not
+            errors = _errors(_accumulated(copy.deepcopy(trial), loss_fn, batch, split), reference)
+        except (RuntimeError, ValueError, IndexError) as raised:  # the reference went through, a part does not
             errors = dict.fromkeys(reference, math.inf)
-            findings = [
-                Finding(
-                    culprit="a micro-batch",
-                    reason=f"raises {type(raised).__name__} where the whole batch does not: {str(raised).rstrip('.')}",
-                    advice="Make model and loss work for micro-batches of any size, the short last one too",
-                )
-            ]
+            findings = [_raising(raised)]
         error = _total(errors, reference)
         ok = error <= tolerance
         if not ok:
-            guilty = coupling_modules(trial, loss_fn, batch, sizes)
-            findings += guilty or loss_findings(trial, loss_fn, batch, sizes)
+            findings += coupling_modules(trial, loss_fn, batch, sizes) or loss_findings(trial, loss_fn, batch, sizes)
+            findings = findings or [_UNEXPLAINED]
     relative = {name: e / (float(reference[name].norm()) or 1.0) for name, e in errors.items()}
     worst = dict(sorted(relative.items(), key=lambda item: -item[1])[:3])
     return Report(ok=ok, error=error, tolerance=tolerance, findings=tuple(findings), worst=worst)
+
+
+def _reference(model: nn.Module, loss_fn: LossFn, batch: Any, split: Split | None) -> dict[str, Tensor]:
+    model.zero_grad()
+    if split is None:
+        _whole(loss_fn(model, batch)).backward()
+        gradients = _gradients(model)
+    else:
+        gradients = _accumulated(model, loss_fn, batch, split)
+    if all(param.grad is None for param in model.parameters()):
+        raise LossError(
+            "the loss",
+            given="one that none of the model's parameters takes part in",
+            expected="a loss that depends on the model that loss_fn gets",
+            fix="compute it from that model, not from one that loss_fn closes over",
+        )
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        raise NonFiniteError(
+            "the reference",
+            given="a NaN or infinite gradient of the batch itself",
+            expected="finite numbers to compare with",
+            fix="look at the loss of this batch, or verify with another one",
+        )
+    return gradients
+
+
+def _raising(raised: Exception) -> Finding:
+    return Finding(
+        culprit="a micro-batch",
+        reason=f"raises {type(raised).__name__} where the whole batch does not: {str(raised).rstrip('.')}",
+        advice="Make model and loss work for micro-batches of any size, the short last one too",
+    )
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -117,32 +152,33 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _whole(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Tensor]:
-    """The whole batch's gradient by plain PyTorch, without any code of the core."""
-    model.zero_grad()
-    sum(_means(loss_fn(model, batch)), torch.zeros(())).backward()
+def _accumulated(model: nn.Module, loss_fn: LossFn, batch: Any, split: Split) -> dict[str, Tensor]:
+    weights = _weights(copy.deepcopy(model), loss_fn, [part for part, _ in split.split(batch)])
+    accumulate(model, loss_fn, batch, micro_batch=split, count=None if weights is None else lambda _: weights)
     return _gradients(model)
 
 
-def _split(model: nn.Module, loss_fn: LossFn, batch: Any, split: Split) -> dict[str, Tensor]:
-    output = loss_fn(copy.deepcopy(model), batch)
-    names = list(output) if isinstance(output, Mapping) else [None]
-    total: dict[str, Tensor] = {}
-    for name in names:  # term by term, each with its own denominator
-        pick: LossFn = loss_fn if name is None else (lambda m, b, name=name: loss_fn(m, b)[name])
-        accumulate(model, pick, batch, micro_batch=split)
-        for key, grad in _gradients(model).items():
-            total[key] = total[key] + grad if key in total else grad
-    return total
+def _weights(model: nn.Module, loss_fn: LossFn, parts: list[Any]) -> dict[str, float] | None:
+    """Weights of a loss with several terms, which have to be known before the first backward."""
+    weights: dict[str, float] = {}
+    with torch.no_grad():
+        for part in parts:
+            output = None if isinstance(loss_fn, TwoPass) else loss_fn(model, part)
+            if not isinstance(output, Mapping):
+                return None
+            for name, term in output.items():
+                weights[name] = weights.get(name, 0.0) + float(term.weight)
+    return weights
 
 
-def _means(output: Any) -> list[Tensor]:
+def _whole(output: Any) -> Tensor:
+    """The mean loss of the whole batch, by plain PyTorch, without any code of the core."""
     if isinstance(output, Loss):
-        return [output.mean]
+        return output.mean
     if isinstance(output, Mapping):
-        return [term.mean for term in output.values()]
+        return torch.stack([term.mean for term in output.values()]).sum()
     if isinstance(output, Tensor) and not output.ndim:
-        return [output]
+        return output
     raise LossError(
         "what loss_fn returned",
         given=f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__,

@@ -288,7 +288,6 @@ def test_load_corrupted_value_is_refused(key, value):
     assert repr(value) in str(error)
 
 
-@pytest.mark.xfail(reason="True == 1 == 1.0: the version is compared without its type")
 @pytest.mark.parametrize("version", [True, 1.0])
 def test_load_version_that_only_equals_one_is_refused(version):
     refused(Window(2).state_dict() | {"version": version})

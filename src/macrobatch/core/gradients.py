@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from macrobatch.errors import GradientError
 
-__all__ = ["GradientBuffer", "accumulation_dtype", "backward", "refuse_sparse"]
+__all__ = ["GradientBuffer", "accumulation_dtype", "backward", "refuse_sparse", "set_gradient"]
 
 _ENGINE = torch.autograd.Variable._execution_engine
 _ALIGN = 64  # elements; keeps every view on a 256-byte boundary, as vectorised kernels like it
@@ -135,7 +135,7 @@ class GradientBuffer:
             flat.storage.zero_()
         for slot in self.slots:
             if slot.param.grad is not slot.view:
-                slot.param.grad = slot.view
+                set_gradient(slot.param, slot.view)
             slot.version = slot.local._version
 
     def collect(self) -> None:
@@ -155,9 +155,10 @@ class GradientBuffer:
                 slot.local.copy_(_local(grad.to_dense() if grad.is_sparse else grad))
                 slot.param.grad = slot.view
 
-    def norm(self, order: float = 2.0) -> Tensor:
-        """Norm of all gradients together, as a 0-d tensor on the first buffer's device."""
-        norms = [_norm(flat, order) for flat in self.flats]
+    def norm(self, order: float = 2.0, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Norm of all gradients together, as a 0-d tensor on the first buffer's device; computed in `dtype`, or in
+        each buffer's own."""
+        norms = [_norm(flat, order, dtype) for flat in self.flats]
         if len(norms) == 1:
             return norms[0]
         return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]), order)
@@ -190,16 +191,12 @@ class GradientBuffer:
         rounded = {key: numbers.to(dtype) for key, (numbers, dtype) in rounded.items()}
         for slot in cast:
             numbers = rounded[id(slot.flat), slot.param.dtype]
-            slot.param.grad = None  # grad_dtype may only change without a gradient
-            slot.param.grad_dtype = slot.param.dtype
-            slot.param.grad = _as_gradient(slot.param, slot.within(numbers))
+            set_gradient(slot.param, _as_gradient(slot.param, slot.within(numbers)))
         try:
             yield
         finally:
             for slot in cast:
-                slot.param.grad = None
-                slot.param.grad_dtype = slot.view.dtype
-                slot.param.grad = slot.view
+                set_gradient(slot.param, slot.view)
 
     def release(self) -> None:
         """Give the parameters back: each `.grad` is None and of the parameter's own dtype again."""
@@ -237,11 +234,7 @@ class GradientBuffer:
             storage = torch.zeros(room + size, dtype=dtype, device=device)
             flat = Flat(storage[room:], storage, shards)
             self.flats.append(flat)
-            for param, start in zip(members, starts, strict=True):
-                if param.dtype != dtype:
-                    param.grad = None
-                    param.grad_dtype = dtype
-                self.slots.append(Slot(param, flat, start))
+            self.slots += [Slot(param, flat, start) for param, start in zip(members, starts, strict=True)]
         self._ids = list(map(id, params))
 
     def _cast_for(self, optimizers: Sequence[Optimizer]) -> list[Slot]:
@@ -264,6 +257,14 @@ class GradientBuffer:
         return self._accepts[key]
 
 
+def set_gradient(param: Tensor, gradient: Tensor | None) -> None:
+    """Assign a gradient of any dtype. A parameter's `grad_dtype` may only change while it has none."""
+    if gradient is not None and param.grad_dtype not in (None, gradient.dtype):
+        param.grad = None
+        param.grad_dtype = gradient.dtype
+    param.grad = gradient
+
+
 def backward(tensors: list[Tensor], seeds: list[Tensor]) -> None:
     """`torch.autograd.backward(tensors, seeds)`, without checking again what is known of these 0-d tensors.
 
@@ -277,8 +278,9 @@ def backward(tensors: list[Tensor], seeds: list[Tensor]) -> None:
         torch.autograd.backward(tensors, seeds)
 
 
-def _norm(flat: Flat, order: float) -> Tensor:
-    norm = torch.linalg.vector_norm(flat.numbers, order)
+def _norm(flat: Flat, order: float, dtype: torch.dtype | None) -> Tensor:
+    numbers = torch.view_as_real(flat.numbers).view(-1, 2).norm(dim=1) if flat.numbers.is_complex() else flat.numbers
+    norm = torch.linalg.vector_norm(numbers, order, dtype=dtype)
     for group in flat.shards:
         whole = norm if math.isinf(order) else norm**order
         dist.all_reduce(whole, dist.ReduceOp.MAX if math.isinf(order) else dist.ReduceOp.SUM, group=group)

@@ -42,7 +42,8 @@ class Loss(NamedTuple):
     def mean(self) -> Tensor:
         """0-d tensor: total / weight, and 0 where the weight is 0."""
         weight = torch.as_tensor(self.weight, dtype=self.total.dtype, device=self.total.device)
-        return torch.where(weight > 0, self.total / weight, torch.zeros_like(self.total))
+        divisor = torch.where(weight > 0, weight, torch.ones_like(weight))  # so that no gradient is 0 × ∞
+        return torch.where(weight > 0, self.total / divisor, torch.zeros_like(self.total))
 
 
 class Part(NamedTuple):

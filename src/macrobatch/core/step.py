@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -206,7 +206,7 @@ class Step:
             yield from micro_batches
             return
         spare, num = plan.spare, 0
-        for spare, num_rows, _ in micro_batches:  # noqa: B007
+        for spare, num_rows, _ in micro_batches:
             num += 1
             yield spare, num_rows, num == plan.num_to_run
         while num < plan.num_to_run:

@@ -89,11 +89,20 @@ class Update:
         if not any(weight for _, weight in terms.values()):
             return Verdict(0.0, "no weight")
         _check_weights({name: weight for name, (_, weight) in terms.items()})
+        if not any(slot.used for slot in gradients.slots):
+            raise LossError(
+                "the loss",
+                given="one that none of the trained parameters takes part in",
+                expected="a loss that depends on the model given to the step and on its optimizer's parameters",
+                fix="compute it from the model that loss_fn gets, and build the optimizer from that model",
+            )
         if not all(math.isfinite(loss) for loss, _ in terms.values()):
             return self._refused(tally, "loss")
         correction = float(tally.correction({name: weight for name, (_, weight) in terms.items()}))
         self.precision.unscale(self.optimizers)
         norm = to_host([gradients.norm()])[0] * correction
+        if not math.isfinite(norm):  # perhaps only the squares of large elements overflow
+            norm = to_host([gradients.norm(dtype=torch.float64)])[0] * correction
         if not math.isfinite(norm):
             return Verdict(norm, "overflow") if self.precision.rescales else self._refused(tally, "gradient")
         clip = 1.0 if self.clip_norm is None else min(1.0, self.clip_norm / (norm + 1e-6))

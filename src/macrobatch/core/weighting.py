@@ -26,7 +26,7 @@ from torch import Tensor
 from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_host
 from macrobatch.errors import ArgumentError, LossError
 
-__all__ = ["Constant", "Exact", "NUM_SUMS", "Normalize", "Plan", "Seeds", "Tally", "Uniform", "make_policy"]
+__all__ = ["NUM_SUMS", "Constant", "Exact", "Normalize", "Plan", "Seeds", "Tally", "Uniform", "make_policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,12 @@ class Tally:
         for term in self.terms.values():
             totals = [factor * tensor for factor, tensor in zip(term.factors, term.tensors, strict=True)]
             means = [_mean_of(total, weight) for total, weight in zip(totals, term.weights, strict=True)]
-            numbers += [_summed(totals), _summed(term.weights), _summed(list(map(_counts, term.weights))), _summed(means)]
+            numbers += [
+                _summed(totals),
+                _summed(term.weights),
+                _summed(list(map(_counts, term.weights))),
+                _summed(means),
+            ]
         packed = [torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers]
         return F.pad(torch.stack(packed), (0, NUM_SUMS - len(packed))).to(dtype)
 
@@ -241,7 +246,7 @@ class Tally:
         Raises:
             LossError: the ranks do not agree on the loss's terms or its dtype.
         """
-        num_ranks, num_terms, checksum, num_rounded = sums[:_HEAD]
+        num_ranks, num_terms, _, num_rounded = sums[:_HEAD]
         if num_ranks and not self.terms:
             self._open_unseen(round(num_terms / num_ranks), rounded=bool(num_rounded))
         mine = [1.0, len(self.terms), _checksum(self.terms), float(any(t.rounded for t in self.terms.values()))]

@@ -194,7 +194,12 @@ def _problem(state: Mapping[str, Any]) -> str | None:
     if not isinstance(state, Mapping) or set(state) != expected:  # pyright: ignore[reportUnnecessaryIsInstance]
         found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         return f"{found} where the keys {sorted(expected)} belong"
-    if state["version"] != 1 or state["tail"] not in get_args(Tail) or not isinstance(state["is_closed"], bool):
+    if (
+        type(state["version"]) is not int
+        or state["version"] != 1
+        or state["tail"] not in get_args(Tail)
+        or not isinstance(state["is_closed"], bool)
+    ):
         return f"version {state['version']!r}, tail {state['tail']!r}, is_closed {state['is_closed']!r}"
     numbers = {name: state[name] for name in ("size", *_COUNTERS)}
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers.values()) or not numbers["size"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -64,22 +64,28 @@ def track(
     """
     if unit not in get_args(Unit):
         raise ArgumentError("unit", given=unit, expected='"samples" or "tokens"', fix='pass unit="samples"')
-    return _tracked(loader, step, _Meter(step, unit, refresh_s), tqdm(loader, desc=desc, unit="window", **options))
+    if isinstance(refresh_s, bool) or not isinstance(refresh_s, int | float) or not refresh_s > 0:
+        raise ArgumentError("refresh_s", given=refresh_s, expected="a number > 0, in seconds", fix="pass 0.5")
+    if step is not None and not hasattr(step, "listeners"):
+        raise ArgumentError("step", given=type(step).__name__, expected="a TrainStep or None", fix="pass the TrainStep")
+    options.setdefault("total", len(loader) if isinstance(loader, Sized) else None)
+    return _tracked(loader, step, _Meter(step, unit, refresh_s), tqdm(desc=desc, unit="window", **options))
 
 
-def _tracked(loader: Iterable[T], step: Tracked | None, meter: _Meter, bar: tqdm[T]) -> Iterator[T]:
-    if step is not None:
+def _tracked(loader: Iterable[T], step: Tracked | None, meter: _Meter, bar: tqdm[Any]) -> Iterator[T]:
+    if step is not None and not bar.disable:
         step.listeners.append(meter)
     try:
-        for batch in bar:
+        for batch in loader:
             yield batch
             if step is None:
                 meter.num_samples += tree.num_rows(batch)
+            bar.update()
             meter.show(bar)
-        meter.show(bar, now=True)
     finally:
-        if step is not None:
-            step.listeners.remove(meter)
+        if meter in (() if step is None else step.listeners):
+            step.listeners.remove(meter)  # pyright: ignore[reportOptionalMemberAccess]
+        meter.show(bar, now=True)
         bar.close()
 
 
@@ -90,6 +96,7 @@ class _Meter:
         self._step = step
         self._unit = unit
         self._refresh_s = refresh_s
+        self._last: StepResult | None = None
         self._unread: list[StepResult] = []
         self._num_tokens = 0.0
         self._num_skipped = 0
@@ -97,12 +104,15 @@ class _Meter:
         self.num_samples = 0
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Updated | Skipped):
-            self._num_skipped += isinstance(event, Skipped)
-            self.num_samples += event.result.num_samples
-            if self._unit == "samples":
-                self._unread.clear()  # of the loss, only the last is shown
+        if not isinstance(event, Updated | Skipped):
+            return
+        self._num_skipped += isinstance(event, Skipped)
+        self.num_samples += event.result.num_samples
+        self._last = event.result
+        if self._unit == "tokens":
             self._unread.append(event.result)
+            if len(self._unread) >= 64:  # a bar that is hardly ever refreshed does not keep them all
+                self._count_tokens()
 
     def show(self, bar: tqdm[Any], *, now: bool = False) -> None:
         """Refresh the bar, if it is time."""
@@ -110,34 +120,37 @@ class _Meter:
         if bar.disable or (at_s - self._shown_s < self._refresh_s and not now):
             return
         self._shown_s = at_s
-        shown: dict[str, str] = {}
-        if self._unread:
-            shown["loss"] = f"{self._unread[-1].loss:.4g}"
-        if self._unit == "tokens":
-            self._num_tokens += sum(result.weight for result in self._unread)
-            self._unread = self._unread[-1:] if now else []
+        shown: list[str] = []
+        if self._last is not None:
+            shown.append(f"loss={self._last.loss:.4g}")
         if self._step is not None:
-            shown["lr"] = f"{float(self._step.optimizers[0].param_groups[0]['lr']):.3g}"
+            shown.append(f"lr={float(self._step.optimizers[0].param_groups[0]['lr']):.3g}")
+        self._count_tokens()
         count = self._num_tokens if self._unit == "tokens" else self.num_samples
-        shown[f"{self._unit}/s"] = _short(count / max(at_s - self._began_s, 1e-9))
-        shown["mem"] = f"{_short(_peak_bytes())}B"
+        shown.append(f"{_short(count / max(at_s - self._began_s, 1e-9))} {self._unit}/s")
+        shown.append(f"{_short(_peak_bytes(self._step))}B")
         if self._num_skipped:
-            shown["skipped"] = str(self._num_skipped)
-        bar.set_postfix(shown)
+            shown.append(f"{self._num_skipped} skipped")
+        bar.set_postfix_str(", ".join(shown))
+
+    def _count_tokens(self) -> None:
+        self._num_tokens += sum(result.weight for result in self._unread)
+        self._unread.clear()
 
 
 def _short(value: float) -> str:
-    prefixes = iter("kMGT")
-    prefix = ""
-    while value >= 1000:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g}{prefix}"
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000 or prefix == "T":
+            return f"{value:.3g}{prefix}"
+        value /= 1000
+    raise AssertionError
 
 
-def _peak_bytes() -> int:
-    """Most memory in use so far: on the accelerator if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_bytes(step: Tracked | None) -> int:
+    """Most memory in use so far: on the device that is trained on, else of this process."""
+    params = [] if step is None else step.optimizers[0].param_groups[0]["params"]
+    if any(param.is_cuda for param in params):
+        return torch.cuda.max_memory_allocated(params[0].device)
     if sys.platform == "win32":
         return 0
     import resource

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from macrobatch import tree
@@ -54,13 +55,13 @@ class Tokens:
     Args:
         max_tokens: a hard cap on rows × longest row of a micro-batch, an integer >= 1.
         lengths: from a batch, its number of tokens per row, shape (rows,).
-        trim: cut the padding off. Every leaf of shape (rows, width, ...) with the width of the macro-batch then loses
-            the columns beyond the micro-batch's longest row; the padding must be on the right.
+        trim: cuts padding off: from a micro-batch and the length of its longest row (at least 1), the micro-batch to
+            run. None leaves it as wide as the macro-batch.
 
     ```pycon
     >>> import torch
     >>> ids = torch.tensor([[5, 0, 0, 0], [6, 0, 0, 0], [7, 8, 9, 9], [1, 2, 0, 0]])
-    >>> tokens = Tokens(4, lengths=lambda ids: (ids != 0).sum(1), trim=True)
+    >>> tokens = Tokens(4, lengths=lambda ids: (ids != 0).sum(1), trim=lambda ids, width: ids[:, :width])
     >>> [part.tolist() for part, num_rows in tokens.split(ids)]
     [[[5], [6]], [[7, 8, 9, 9]], [[1, 2]]]
 
@@ -69,10 +70,15 @@ class Tokens:
 
     max_tokens: int
     lengths: Lengths
-    trim: bool = False
+    trim: Callable[[Any, int], Any] | None = None
 
     def __post_init__(self) -> None:
         _check_size("Tokens.max_tokens", self.max_tokens, "tokens in a micro-batch")
+        for name, function in (("lengths", self.lengths), ("trim", self.trim or self.lengths)):
+            if not callable(function):
+                raise ArgumentError(
+                    f"Tokens.{name}", given=function, expected="a function of a batch", fix="see its documentation"
+                )
 
     def split(self, batch: Any) -> list[tuple[Any, int]]:
         """The micro-batches of a macro-batch in order, each with its number of rows.
@@ -83,7 +89,7 @@ class Tokens:
         lengths = self._read_lengths(batch)
         sizes: list[int] = []
         longest: list[int] = []
-        for length in lengths:
+        for length in (max(length, 1) for length in lengths):
             if sizes and (sizes[-1] + 1) * max(longest[-1], length) <= self.max_tokens:
                 sizes[-1] += 1
                 longest[-1] = max(longest[-1], length)
@@ -91,19 +97,18 @@ class Tokens:
                 sizes.append(1)
                 longest.append(length)
         parts = tree.split(batch, sizes)
-        if self.trim:
-            width = _width(batch)
-            parts = [_trimmed(part, width, columns) for part, columns in zip(parts, longest, strict=True)]
+        if self.trim is not None:
+            parts = [self.trim(part, width) for part, width in zip(parts, longest, strict=True)]
         return list(zip(parts, sizes, strict=True))
 
     def _read_lengths(self, batch: Any) -> list[int]:
-        lengths = self.lengths(batch)
-        values: list[Any] = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        lengths: Any = self.lengths(batch)
+        values = lengths.tolist() if isinstance(lengths, Tensor | np.ndarray) else lengths
         rows = tree.num_rows(batch)
-        if len(values) != rows or not all(isinstance(value, int) and value >= 0 for value in values):
+        if not isinstance(values, list | tuple) or len(values) != rows or not all(map(_is_length, values)):
             raise BatchError(
                 "Tokens.lengths",
-                given=f"{values[:8]}{'...' if len(values) > 8 else ''} ({len(values)} values)",
+                given=f"{values!r:.60} from a batch of {rows} rows",
                 expected=f"an integer >= 0 for each of the {rows} rows",
                 fix="return one length per sample, for example batch['attention_mask'].sum(1)",
             )
@@ -115,7 +120,7 @@ class Tokens:
                     expected=f"at most max_tokens={self.max_tokens}",
                     fix="raise max_tokens, or truncate the sample",
                 )
-        return values
+        return list(values)
 
 
 Split = Rows | Tokens
@@ -141,17 +146,10 @@ def make_split(micro_batch: object) -> Split:
     return Rows(micro_batch)  # pyright: ignore[reportArgumentType]
 
 
+def _is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _check_size(what: str, size: object, unit: str) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ArgumentError(what, given=size, expected=f"an integer >= 1, the {unit}", fix=f"pass {what}=16")
-
-
-def _width(batch: Any) -> int:
-    return max((leaf.shape[1] for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim > 1), default=0)
-
-
-def _trimmed(part: Any, width: int, columns: int) -> Any:
-    def cut(leaf: Tensor) -> Tensor:
-        return leaf[:, : max(columns, 1)] if leaf.ndim > 1 and leaf.shape[1] == width else leaf
-
-    return tree.map_tensors(cut, part)

@@ -1,11 +1,11 @@
 """Every rank has a shard of each parameter: FSDP2 (`fully_shard`), used for what it is, with its averaging off.
 
-Two choices, made for time or for memory, P being the number of parameters and W the ranks they are spread over:
+Two choices for the time between micro-batches, P being the number of parameters, W the ranks they are spread over:
 
 | | more memory | less memory |
 |---|---|---|
-| parameters between micro-batches | kept whole: gathered once per window, 2 or 4 B/P | resharded: gathered in every micro-batch |
-| gradients between micro-batches | kept whole: reduced once per window, 4 B/P | reduced in every micro-batch, 4/W B/P |
+| parameters meanwhile | kept: gathered once per window, 2 or 4 B/P | resharded: gathered in each micro-batch |
+| gradients meanwhile | kept: reduced once per window, 4 B/P | reduced in each micro-batch, 4/W B/P |
 
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
