@@ -1,4 +1,4 @@
-"""The command `macrobatch`: demo · verify · env."""
+"""The command `macrobatch`: launch · demo · verify · env."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.table import Table
 
 from macrobatch import env
 from macrobatch.errors import ArgumentError, MacrobatchError
+from macrobatch.launch import Options
+from macrobatch.launch import run as run_script
 from macrobatch.verify import verify as verify_gradient
 
 __all__ = ["main"]
@@ -67,6 +69,40 @@ def verify(
     report = verify_gradient(**_case(target), micro_batch=micro_batch, against=against or None)
     Console(soft_wrap=True).print(str(report), style="green" if report.ok else "yellow", markup=False, highlight=False)
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def launch(
+    script: Annotated[str, typer.Argument(help="The script, or a module with --module.")],
+    args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments: all that follows it.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Ranks on this machine.", show_default="one per GPU, or 1")
+    ] = None,
+    nnodes: Annotated[
+        str | None, typer.Option(help='Number of machines, or a range as in "1:4".', show_default="1")
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Which machine this is; 0 is the one in --rdzv.", show_default="found out"),
+    ] = None,
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where several machines meet.")] = None,
+    module: Annotated[bool, typer.Option("--module", "-m", help="Run a module, as python -m does.")] = False,
+) -> None:
+    """Run a script on every GPU of this machine, or of several: torchrun with good defaults.
+
+    One machine needs no option; jobs beside each other get ports of their own.
+
+    On several machines, give all of them the same --nnodes and --rdzv.
+
+    Each rank gets its share of the cores as OMP_NUM_THREADS, unless that is set.
+
+    The exit code is that of the rank that failed first.
+    """
+    options = Options(nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv=rdzv, module=module)
+    exit_code, failure = run_script(script, args or [], options)
+    if failure is not None:
+        typer.secho(f"error: {failure}", fg="red", err=True)
+    raise typer.Exit(exit_code)
 
 
 @app.command("env")

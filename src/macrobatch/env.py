@@ -1,20 +1,23 @@
-"""Every environment variable that macrobatch reads, and what this machine has. Nothing else reads the environment."""
+"""The environment variables that macrobatch reads for itself, and what this machine has.
+
+Nothing else reads the environment, except for `launch`, which reads the variables of whoever started the ranks.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
-from macrobatch.errors import ArgumentError
-from macrobatch.ranks import Ranks
+__all__ = ["debug", "description", "num_cores"]
 
-__all__ = ["debug", "description", "ranks"]
-
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+_QUOTA = "/sys/fs/cgroup/cpu.max"
 
 
 def debug(environ: Mapping[str, str] = os.environ) -> bool:
@@ -22,33 +25,20 @@ def debug(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("MACROBATCH_DEBUG", "").lower() in ("1", "true", "yes", "on")
 
 
-def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """This process's place among the ranks, from the variables that torchrun sets; alone if there are none.
-
-    Raises:
-        ArgumentError: some of them are missing or are not numbers that fit together.
+def num_cores() -> int:
+    """Physical cores that this process may use: what it is pinned to and its container's share, without hyper-threads.
 
     ```pycon
-    >>> ranks({})
-    Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    >>> 1 <= num_cores() <= os.cpu_count()
+    True
 
     ```
     """
-    given = {name: environ[name] for name in _RANK_VARIABLES if name in environ}
-    if "RANK" not in given and "WORLD_SIZE" not in given:
-        return Ranks()
-    try:
-        rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
-        local_rank = int(given.get("LOCAL_RANK", rank))
-        local_world_size = int(given.get("LOCAL_WORLD_SIZE", world_size))
-    except (KeyError, ValueError):
-        raise ArgumentError(
-            "environment",
-            given=given,
-            expected="RANK and WORLD_SIZE as integers (LOCAL_RANK and LOCAL_WORLD_SIZE beside them)",
-            fix="start the script with torchrun, or unset these variables",
-        ) from None
-    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
+    pinned = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = {_read(_SIBLINGS.format(index)) or str(index) for index in pinned}
+    quota, _, period = _read(_QUOTA).partition(" ")
+    share = math.ceil(int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else len(cores)
+    return max(1, min(len(cores), share))
 
 
 def description() -> dict[str, str]:
@@ -73,3 +63,10 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

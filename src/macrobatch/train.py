@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from macrobatch import tree
+from macrobatch.core.autograd import refuse_sparse, set_gradient
 from macrobatch.core.events import Listener
-from macrobatch.core.gradients import GradientBuffer, refuse_sparse, set_gradient
+from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
@@ -21,7 +23,7 @@ from macrobatch.core.step import LossFn, MicroBatch, Step
 from macrobatch.core.update import NonFinite, Update
 from macrobatch.core.weighting import Normalize, Plan, make_policy
 from macrobatch.core.window import Window
-from macrobatch.errors import ArgumentError, StateError
+from macrobatch.errors import ArgumentError, BatchError, LossError, StateError
 from macrobatch.plan.split import Split, make_split
 from macrobatch.sync import LocalSync, Sync, make_sync
 
@@ -44,8 +46,8 @@ class TrainStep:
     ```
 
     If anything fails before the optimizer moves (an error in `loss_fn`, a NaN), model, optimizer, scheduler, module
-    buffers and random number generators are as they were before the call. After a call, each parameter's `.grad` holds
-    the gradient that the optimizer saw, until the next call.
+    buffers and default random number generators are as they were before the call, and gradients are None.
+    After a call, each parameter's `.grad` holds the gradient that the optimizer saw, until the next call.
 
     Args:
         model: module to train. It is used as it is, not wrapped.
@@ -105,7 +107,7 @@ class TrainStep:
     ) -> None:
         _check_callables(model, loss_fn, count)
         self.split = make_split(micro_batch)
-        self.optimizers = _checked_optimizers(optimizer)
+        self.optimizers = _checked_optimizers(optimizer, model)
         self.schedulers = _checked_schedulers(scheduler)
         device = _parameters(self.optimizers)[0].device
         if sparse_grad not in ("refuse", "densify"):
@@ -134,9 +136,9 @@ class TrainStep:
             window=self._window,
             policy=make_policy(normalize),
             device=device,
-            listeners=list(listeners),
             sync=strategy,
         )
+        self._step.listeners += _checked_listeners(listeners)
 
     @property
     def num_updates(self) -> int:
@@ -185,11 +187,26 @@ class TrainStep:
             micro_batches: at least one.
             expected: the window's weight, per term, if the loss has several terms.
         """
+        if not isinstance(micro_batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BatchError(
+                "micro_batches",
+                given=type(micro_batches).__name__,
+                expected="an iterable of micro-batches",
+                fix="pass a list of them, or call the step itself with the macro-batch",
+            )
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
         if not isinstance(micro_batches, Sequence) and not self._step.sync.has_peers:
             return self._run(counted, Plan(None, 1, expected))
         counted = list(counted)
         return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            "TrainStep",
+            given="a request for a copy of it",
+            expected="one step per model and optimizer; its gradients are views of one buffer",
+            fix="build a new TrainStep around the copied model and an optimizer of that copy",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What the step itself knows: counters and the loss scale. Save model, optimizer and scheduler beside it."""
@@ -201,10 +218,10 @@ class TrainStep:
         Raises:
             StateError: what is wrong with it.
         """
-        if set(state) != {"window", "precision"}:
+        if not isinstance(state, Mapping) or state.keys() != {"window", "precision"}:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StateError(
                 "TrainStep.load_state_dict",
-                given=f"the keys {sorted(map(str, state))}",
+                given=f"{state!r:.100}",
                 expected="the keys ['precision', 'window']",
                 fix="pass what TrainStep.state_dict returned",
             )
@@ -212,8 +229,16 @@ class TrainStep:
         trial.load_state_dict(state["window"])
         self._step.update.precision.load_state_dict(state["precision"])
         self._window.load_state_dict(state["window"])
+        self._window.discard()  # a window that was under way when the state was saved begins anew
 
     def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
+        if torch.is_inference_mode_enabled():
+            raise LossError(
+                "the loss",
+                given="a call in inference mode",
+                expected="gradients to compute",
+                fix="call the step outside of torch.inference_mode() and torch.no_grad()",
+            )
         self._window.size = plan.num_micro_batches or sys.maxsize
         return self._step.run(micro_batches, plan)
 
@@ -260,7 +285,6 @@ def accumulate(
         window=Window(len(micro_batches)),
         policy=make_policy("exact"),
         device=held[0][0].device,
-        listeners=[],
         sync=LocalSync(),
     )
     try:
@@ -301,7 +325,7 @@ def _check_callables(model: object, loss_fn: object, count: object) -> None:
         )
 
 
-def _checked_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
+def _checked_optimizers(optimizer: object, model: nn.Module) -> tuple[Optimizer, ...]:
     optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
     if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
         raise ArgumentError(
@@ -311,12 +335,27 @@ def _checked_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
             fix="pass torch.optim.AdamW(model.parameters())",
         )
     params = _parameters(optimizers)
+    if any(map(is_lazy, params)):
+        raise ArgumentError(
+            "optimizer",
+            given="a parameter of a lazy module that has no shape yet",
+            expected="parameters with shapes",
+            fix="run the model on one batch before building the optimizer",
+        )
     if not any(param.requires_grad for param in params):
         raise ArgumentError(
             "optimizer",
             given=f"{len(params)} parameters, none of which requires grad",
             expected="at least one parameter to train",
             fix="build it from the parameters that are to be trained",
+        )
+    of_model = {id(param) for param in model.parameters()}
+    if of_model and not any(id(param) in of_model for param in params):
+        raise ArgumentError(
+            "optimizer",
+            given="one without any of the model's parameters",
+            expected="an optimizer of this model",
+            fix="build it from model.parameters(), after wrapping, moving or sharding the model",
         )
     if len({id(param) for param in params}) < len(params):
         raise ArgumentError(
@@ -326,6 +365,16 @@ def _checked_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
             fix="give each parameter to one group of one optimizer",
         )
     return optimizers
+
+
+def _checked_listeners(listeners: object) -> list[Listener]:
+    if isinstance(listeners, Iterable) and not isinstance(listeners, str):
+        found: list[Any] = list(listeners)
+        if all(map(callable, found)):
+            return found
+    raise ArgumentError(
+        "listeners", given=repr(listeners), expected="a list of functions of an event", fix="pass listeners=[listener]"
+    )
 
 
 def _checked_schedulers(scheduler: object) -> tuple[LRScheduler, ...]:
@@ -340,7 +389,7 @@ def _checked_schedulers(scheduler: object) -> tuple[LRScheduler, ...]:
                 expected="a scheduler that steps once per update",
                 fix="leave it out and call its step(metric) yourself after each evaluation",
             )
-        if not callable(getattr(each, "step", None)):
+        if isinstance(each, type | Optimizer) or not callable(getattr(each, "step", None)):
             raise ArgumentError(
                 "scheduler", given=type(each).__name__, expected="an object with step()", fix="pass an LRScheduler"
             )

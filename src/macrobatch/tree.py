@@ -2,7 +2,7 @@
 
 A batch has *rows*, one per sample. A leaf with rows is a tensor or NumPy array with at least one dimension (rows are
 its first), or a list of plain values such as strings, or of lists of them. Everything else (numbers, strings, None, 0-d
-tensors, other objects) has no rows and goes along with every micro-batch unchanged.
+tensors, tuples of them, other objects) has no rows and goes along with every micro-batch unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Flat", "cat", "flatten", "leaves", "map_tensors", "num_rows", "selec
 T = TypeVar("T")
 Rebuild = Callable[[Sequence[Any]], Any]
 
-_ATOMS = (str, bytes, int, float, complex, type(None))
+_ATOMS = str | bytes | int | float | complex | None
 
 
 class Flat(NamedTuple):
@@ -56,6 +56,14 @@ def flatten(batch: Any) -> Flat:
     sizes = [len(leaf) for leaf in values if _has_rows(leaf)]
     if not sizes or min(sizes) != max(sizes) or sizes[0] == 0:
         raise _row_error(batch)
+    for leaf in values:
+        if isinstance(leaf, list | tuple) and len(leaf) == sizes[0] > 1 and not _is_row_list(leaf):
+            raise BatchError(
+                "batch",
+                given=f"a {type(leaf).__name__} of {len(leaf)} items without rows, beside {sizes[0]} samples",
+                expected="a list of plain values or a tensor, if it has one item per sample",
+                fix="make it one of these, or let loss_fn close over it if it belongs to the batch as a whole",
+            )
     return Flat(values, sizes[0], rebuild)
 
 
@@ -64,7 +72,7 @@ def leaves(batch: Any) -> list[Any]:
 
     ```pycon
     >>> leaves({"text": ["a", "b"], "target": (1, None)})
-    [['a', 'b'], 1, None]
+    [['a', 'b'], (1, None)]
 
     ```
     """
@@ -149,19 +157,33 @@ def to_device(batch: T, device: torch.device) -> T:
     return map_tensors(move, batch)
 
 
+def _is_plain(value: Any) -> bool:
+    """A list or tuple that holds no tensor or array with rows."""
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields"):
+        return False
+    return not any(map(_holds_rows, value))
+
+
 def _is_row_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, _ATOMS) or _is_row_list(item) for item in value)
+
+
+def _holds_rows(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    parts = None if isinstance(value, _ATOMS) else _children(value)
+    return parts is not None and any(map(_holds_rows, parts[1]))
 
 
 def _has_rows(leaf: Any) -> bool:
     if isinstance(leaf, Tensor | np.ndarray):
         return leaf.ndim > 0
-    return isinstance(leaf, list)  # the only lists among the leaves are row lists
+    return _is_row_list(leaf)
 
 
 def _children(node: Any) -> tuple[Sequence[Any], Sequence[Any]] | None:
     """Keys and values of a container, or None for a leaf."""
-    if isinstance(node, Tensor | np.ndarray | str) or _is_row_list(node):
+    if isinstance(node, Tensor | np.ndarray | _ATOMS) or _is_plain(node):
         return None
     if isinstance(node, Mapping):
         return list(node.keys()), list(node.values())
@@ -225,6 +247,13 @@ def _split_leaf(leaf: Any, sizes: Sequence[int]) -> Sequence[Any]:
     if not _has_rows(leaf):
         return [leaf] * len(sizes)
     if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided:
+            raise BatchError(
+                "batch",
+                given=f"a {leaf.layout} tensor",
+                expected="strided tensors, which can be cut by rows",
+                fix="densify it, or cut the micro-batches yourself and pass them to TrainStep.window",
+            )
         return leaf.split(list(sizes))
     ends = np.cumsum(sizes).tolist()
     return [leaf[end - size : end] for end, size in zip(ends, sizes, strict=True)]

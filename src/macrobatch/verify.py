@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def verify(
     split = make_split(micro_batch)
     sizes = [num_rows for _, num_rows in split.split(batch)]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), _gradients_put_back(model):
         trial = copy.deepcopy(model).to(dtype)
         reference = _reference(copy.deepcopy(trial), loss_fn, batch, None if against is None else make_split(against))
         findings: list[Finding] = []
@@ -110,6 +111,19 @@ def verify(
     relative = {name: e / (float(reference[name].norm()) or 1.0) for name, e in errors.items()}
     worst = dict(sorted(relative.items(), key=lambda item: -item[1])[:3])
     return Report(ok=ok, error=error, tolerance=tolerance, findings=tuple(findings), worst=worst)
+
+
+@contextmanager
+def _gradients_put_back(model: nn.Module) -> Generator[None]:
+    """For a loss that closes over a part of the very model that is being proven."""
+    held = [(param, param.grad) for param in model.parameters()]
+    for param, _ in held:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in held:
+            param.grad = gradient
 
 
 def _reference(model: nn.Module, loss_fn: LossFn, batch: Any, split: Split | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -89,9 +89,16 @@ def _checked_total(total: object) -> Tensor:
 
 
 def _checked_weight(weight: object) -> Weight:
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise LossError(
+            "the weight of a Loss",
+            given="a tensor that depends on the parameters",
+            expected="a count or a sum of constants; a quotient of two functions does not add up over micro-batches",
+            fix="detach it if its gradient is not meant, or compute the loss over the whole macro-batch with TwoPass",
+        )
     if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
-        return weight.detach()
-    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= float(weight) < math.inf:
+        return weight
+    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight <= sys.float_info.max:
         return float(weight)
     raise LossError(
         "the weight of a Loss",

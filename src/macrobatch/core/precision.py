@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -49,10 +50,10 @@ class Precision:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state."""
-        if state:
+        if state != {}:
             raise StateError(
                 f"precision {self.name!r}",
-                given=f"a saved state with {sorted(state)}",
+                given=repr(state),
                 expected="none: this precision keeps no state",
                 fix='build the TrainStep with the precision it was saved with, for instance precision="fp16"',
             )
@@ -113,15 +114,19 @@ class Fp16(Precision):
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        missing = self.scaler.state_dict().keys() - state.keys()
-        if missing:
+        expected = self.scaler.state_dict()
+        if not isinstance(state, Mapping) or state.keys() != expected.keys() or not all(map(_is_count, state.values())):
             raise StateError(
                 'precision "fp16"',
-                given=f"a saved state without {sorted(missing)}",
-                expected="the loss scaler's state",
-                fix="load a state that was saved with precision='fp16'",
+                given=repr(state),
+                expected=f"the loss scaler's state: finite numbers >= 0 for {sorted(expected)}",
+                fix='load a state that was saved with precision="fp16"',
             )
         self.scaler.load_state_dict(dict(state))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def make_precision(precision: object, device: torch.device) -> Precision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from macrobatch.core.weighting import Tally
+from macrobatch.core.tally import Tally
 
 __all__ = ["StepResult"]
 

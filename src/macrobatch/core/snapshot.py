@@ -3,12 +3,23 @@ is refused or replayed."""
 
 from __future__ import annotations
 
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 __all__ = ["RngStates", "Snapshot", "rng_states", "set_rng_states"]
 
-RngStates = tuple[Tensor, Tensor | None]
+
+class RngStates(NamedTuple):
+    """States of all default generators that a forward may draw from."""
+
+    host: Tensor
+    cuda: Tensor | None
+    python: tuple[Any, ...]
+    numpy: Any
 
 
 class Snapshot:
@@ -30,28 +41,39 @@ class Snapshot:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
         self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
+            for name, buffer in module._buffers.items()  # pyright: ignore[reportPrivateUsage]
         ]
         self._rng = rng_states(device)
 
     def restore(self) -> None:
-        """Put everything back as it was, buffers that were replaced by others included."""
+        """Put everything back as it was."""
+        self.restore_buffers()
+        set_rng_states(self._device, self._rng)
+
+    def restore_buffers(self) -> None:
+        """Put the buffers back, those that were replaced by others included."""
         with torch.no_grad():
             for module, name, buffer, saved in self._buffers:
-                buffer.copy_(saved)
+                # One that did not change is left alone: a graph may still need it, and not every tensor can be written.
+                if buffer is not None and buffer.shape != saved.shape:
+                    buffer.set_(saved)
+                elif buffer is not None and not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
                 setattr(module, name, buffer)
-        set_rng_states(self._device, self._rng)
 
 
 def rng_states(device: torch.device) -> RngStates:
-    """States of the host's default generator and of the device's."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """States of the default generators of torch (the host's and the device's), Python and NumPy."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RngStates(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False))
 
 
 def set_rng_states(device: torch.device, states: RngStates) -> None:
     """Put the default generators back."""
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
+    torch.set_rng_state(states.host)
+    if states.cuda is not None:
+        torch.cuda.set_rng_state(states.cuda, device)
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)

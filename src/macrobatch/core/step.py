@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
+from macrobatch.core.autograd import backward
 from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Updated
-from macrobatch.core.gradients import GradientBuffer, backward
+from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.result import StepResult
 from macrobatch.core.snapshot import Snapshot
+from macrobatch.core.tally import Seeds, Tally
 from macrobatch.core.twopass import TwoPass
 from macrobatch.core.update import Update, Verdict
-from macrobatch.core.weighting import Normalize, Plan, Seeds, Tally
+from macrobatch.core.weighting import Exact, Normalize, Plan
 from macrobatch.core.window import Window
-from macrobatch.errors import BatchError
+from macrobatch.errors import BatchError, LossError, NotYetError, WindowError
 from macrobatch.sync.base import Sync
 
 __all__ = ["LossFn", "MicroBatch", "Step"]
@@ -62,7 +64,6 @@ class Step:
         window: Window,
         policy: Normalize,
         device: torch.device,
-        listeners: list[Listener],
         sync: Sync,
     ) -> None:
         self.model = model
@@ -72,16 +73,18 @@ class Step:
         self.window = window
         self.policy = policy
         self.device = device
-        self.listeners = listeners
+        self.listeners: list[Listener] = []
         self.sync = sync
         self._seeds = Seeds()
         self._begun = False
+        self._is_running = False
         self._spare: Any = None
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
         if self.update.replays or isinstance(self.loss_fn, TwoPass) or self.sync.has_peers:
             micro_batches = list(micro_batches)
+        versions = _versions(micro_batches) if self.update.replays else None
         gradient = self.gradient(micro_batches, plan)
         result = StepResult(
             gradient.tally,
@@ -91,9 +94,11 @@ class Step:
             num_samples=gradient.num_samples,
         )
         if result.skipped is None:
-            self._apply(lambda: self._closure(micro_batches, plan, gradient.before, result))
+            self._apply(lambda: self._closure(micro_batches, plan, gradient.before, result, versions))
             self.window.applied()
         else:
+            if result.skipped == "not finite":
+                gradient.before.restore_buffers()  # running statistics are poisoned too
             self.window.skipped()
         self.update.precision.update()
         if self.listeners and result.skipped is None:
@@ -106,6 +111,14 @@ class Step:
         """The window's gradient, finished and checked, in the buffer; the window is closed. Nothing else has moved,
         and nothing at all if this fails."""
         self._begin()
+        if self._is_running:
+            raise WindowError(
+                "the step",
+                given="a call from within its own window",
+                expected="one window at a time",
+                fix="call it outside of loss_fn and of listeners, or build a second TrainStep",
+            )
+        self._is_running = True
         before = Snapshot(self.model, self.device)
         try:
             if self.sync.has_peers:
@@ -119,8 +132,10 @@ class Step:
             self.window.discard()
             self.update.precision.cancel()
             before.restore()
-            self.gradients.start()
+            self.gradients.clear()
             raise
+        finally:
+            self._is_running = False
         return Gradient(tally, verdict, num_samples, before)
 
     def _accumulate(
@@ -144,7 +159,8 @@ class Step:
                     with precision.forward():
                         output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
                     totals, seeds = (tally.admit if num_rows else tally.rehearse)(output, num_rows)
-                    backward(totals, precision.seeds(seeds))
+                    if totals:
+                        backward(totals, precision.seeds(seeds))
                 del output, totals  # the graph is gone before the next forward
                 if self.listeners and num_rows:
                     self._emit(MicroBatchDone(index=index, is_last=is_last))
@@ -169,8 +185,18 @@ class Step:
     def _loss_fn(self, micro_batches: Iterable[MicroBatch], before: Snapshot) -> LossFn:
         if not isinstance(self.loss_fn, TwoPass):
             return self.loss_fn
+        if self.sync.has_peers or self.policy != Exact():
+            raise NotYetError(
+                "TwoPass",
+                given=f"{self.policy} {'over several ranks' if self.sync.has_peers else 'in one process'}",
+                expected='one process and normalize="exact": its loss is one number for the whole macro-batch',
+                fix="use it in one process, or gather the representations in a loss of your own",
+            )
+        versions = _versions(micro_batches)
         forward = self.update.precision.forward
-        return self.loss_fn.over(self.model, [*micro_batches], before=before, forward=forward, device=self.device)
+        loss_fn = self.loss_fn.over(self.model, [*micro_batches], before=before, forward=forward, device=self.device)
+        _check_unchanged(micro_batches, versions)
+        return loss_fn
 
     def _apply(self, closure: Callable[[], Callable[[], Tensor]]) -> None:
         try:
@@ -181,7 +207,7 @@ class Step:
             raise
 
     def _closure(
-        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, result: StepResult
+        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, result: StepResult, versions: Any
     ) -> Callable[[], Tensor]:
         """The window's loss and gradient as a function of the parameters, for an optimizer that asks for it: every
         call replays all micro-batches, with the same dropout and from the same module buffers."""
@@ -191,12 +217,14 @@ class Step:
         def closure() -> Tensor:
             if at_hand:
                 at_hand.clear()
-                return torch.tensor(result.loss, device=self.device)
+                return torch.tensor(result.loss, dtype=torch.float64, device=self.device)
+            _check_unchanged(micro_batches, versions)
             before.restore()
             loss_fn = self._loss_fn(micro_batches, before)
             tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan, loss_fn)
             lenient.finish(self.gradients, tally)
-            return torch.tensor(sum(loss for loss, _ in tally.read().values()), device=self.device)
+            loss = sum(loss for loss, _ in tally.read().values())
+            return torch.tensor(loss, dtype=torch.float64, device=self.device)
 
         return closure
 
@@ -234,3 +262,19 @@ class Step:
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def _versions(micro_batches: Iterable[MicroBatch]) -> list[int]:
+    """How often each tensor of the micro-batches has been changed in place."""
+    leaves = [leaf for micro_batch, _ in micro_batches for leaf in tree.leaves(micro_batch)]
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _check_unchanged(micro_batches: Iterable[MicroBatch], versions: list[int] | None) -> None:
+    if versions is not None and versions != _versions(micro_batches):
+        raise LossError(
+            "loss_fn",
+            given="a batch that it changes in place",
+            expected="a batch that stays as it is: this window runs it more than once",
+            fix="work on a copy, x = x / 255 instead of x.div_(255)",
+        )

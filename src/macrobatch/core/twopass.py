@@ -93,10 +93,10 @@ class TwoPass:
                 states.append(rng_states(device))
                 with forward():
                     parts.append(self.encode(model, tree.to_device(micro_batch, device)))
-        representations = tree.map_tensors(lambda r: r.detach().requires_grad_(r.is_floating_point()), tree.cat(parts))
+        representations = tree.map_tensors(_as_leaf, tree.cat(parts))
         with forward():
             loss = self.loss(representations)
-        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad or not loss.is_floating_point():
             raise LossError(
                 "TwoPass.loss",
                 given=f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
@@ -104,12 +104,24 @@ class TwoPass:
                 fix="return the mean loss of the whole macro-batch",
             )
         leaves = [leaf for leaf in tree.leaves(representations) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        slopes = iter(torch.autograd.grad(loss, leaves, retain_graph=True))
+        slopes = iter(torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True))
         cached = tree.map_tensors(lambda r: next(slopes) if r.requires_grad else r, representations)
         sizes = [num_rows for _, num_rows in micro_batches]
         after = rng_states(device)
         before.restore()
         return CoupledLoss(self.encode, loss, tree.split(cached, sizes), states, after, device)
+
+
+def _as_leaf(representation: Tensor) -> Tensor:
+    has_slope = representation.is_floating_point() or representation.is_complex()
+    if has_slope and not representation.ndim:
+        raise LossError(
+            "TwoPass.encode",
+            given="a 0-d tensor among the representations",
+            expected="one row per sample in each of them",
+            fix="let loss use what belongs to all samples, a temperature for one, directly",
+        )
+    return representation.detach().requires_grad_(has_slope)
 
 
 class CoupledLoss:
@@ -131,7 +143,7 @@ class CoupledLoss:
     ) -> None:
         self._encode = encode
         self._loss: Tensor | None = loss
-        self._value = loss.detach()
+        self._value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         self._slopes = slopes
         self._states = states
         self._after = after
@@ -147,7 +159,8 @@ class CoupledLoss:
         aligned = torch.zeros_like(self._value)
         for r, c in zip(representations, slopes, strict=True):
             if isinstance(r, Tensor) and r.requires_grad:
-                aligned = aligned + (r * c).sum(dtype=aligned.dtype)
+                product = (r * c.conj()).real if r.is_complex() else r * c
+                aligned = aligned + product.sum(dtype=aligned.dtype)
         if self._loss is not None:
             aligned, self._loss = aligned + self._loss, None
         if index == len(self._states) - 1:

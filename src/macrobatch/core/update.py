@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import to_host
 from macrobatch.core.precision import Precision
-from macrobatch.core.weighting import Tally
+from macrobatch.core.tally import Tally
 from macrobatch.errors import ArgumentError, LossError, NonFiniteError
 
 __all__ = ["NonFinite", "Update", "Verdict"]
@@ -83,7 +83,7 @@ class Update:
             NonFiniteError: under "raise", if the loss or the gradient is not finite.
             LossError: a weight is not the one counted ahead.
         """
-        if self.nonfinite == "ignore":
+        if self.nonfinite == "ignore" and not self.precision.rescales:
             return self._finish_unread(gradients, tally)
         terms = tally.read()
         if not any(weight for _, weight in terms.values()):
@@ -96,12 +96,12 @@ class Update:
                 expected="a loss that depends on the model given to the step and on its optimizer's parameters",
                 fix="compute it from the model that loss_fn gets, and build the optimizer from that model",
             )
-        if not all(math.isfinite(loss) for loss, _ in terms.values()):
+        if self.nonfinite != "ignore" and not all(math.isfinite(loss) for loss, _ in terms.values()):
             return self._refused(tally, "loss")
         correction = float(tally.correction({name: weight for name, (_, weight) in terms.items()}))
         self.precision.unscale(self.optimizers)
         norm = to_host([gradients.norm()])[0] * correction
-        if not math.isfinite(norm):  # perhaps only the squares of large elements overflow
+        if not norm or not math.isfinite(norm):  # perhaps only the squares of its elements under- or overflow
             norm = to_host([gradients.norm(dtype=torch.float64)])[0] * correction
         if not math.isfinite(norm):
             return Verdict(norm, "overflow") if self.precision.rescales else self._refused(tally, "gradient")

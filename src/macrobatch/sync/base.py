@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.weighting import Plan, Tally
+from macrobatch.core.tally import Tally
+from macrobatch.core.weighting import Plan
 
 __all__ = ["LocalSync", "Sync"]
 

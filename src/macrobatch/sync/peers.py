@@ -12,7 +12,8 @@ from torch import Tensor
 from macrobatch import tree
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Weight, checked_counts
-from macrobatch.core.weighting import NUM_SUMS, Plan, Tally
+from macrobatch.core.tally import NUM_SUMS, Tally
+from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, LossError, PeerError
 
 __all__ = ["Peers"]

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from macrobatch.core.gradients import GradientBuffer, Slot
-from macrobatch.core.weighting import NUM_SUMS, Plan, Tally
+from macrobatch.core.tally import NUM_SUMS, Tally
+from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, PeerError
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers

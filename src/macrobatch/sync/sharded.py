@@ -23,7 +23,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from macrobatch.core.gradients import GradientBuffer, Slot
-from macrobatch.core.weighting import Plan, Tally
+from macrobatch.core.tally import Tally
+from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers

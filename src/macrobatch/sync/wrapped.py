@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.weighting import Plan, Tally
+from macrobatch.core.tally import Tally
+from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers
@@ -76,7 +77,7 @@ class WrappedSync(Sync):
             return
         assert self._peers is not None
         self._syncs_always = False
-        super().close(gradients, tally)
+        gradients.collect(adopts=True)
         gradients.scale_(float(self._peers.num))
         self._peers.add_up(gradients, tally)
         if self._cross_check:
