@@ -23,6 +23,7 @@ from macrobatch.core.step import LossFn, MicroBatch, Step
 from macrobatch.core.update import NonFinite, Update
 from macrobatch.core.weighting import Normalize, Plan, make_policy
 from macrobatch.core.window import Window
+from macrobatch.data import MacroBatchLoader
 from macrobatch.errors import ArgumentError, BatchError, LossError, StateError
 from macrobatch.plan.split import Split, make_split
 from macrobatch.sync import LocalSync, Sync, make_sync
@@ -70,6 +71,7 @@ class TrainStep:
         listeners: called with each `Event`.
         sync: how ranks agree. "auto" finds out: one process, or replicas on all ranks of torch.distributed; "local"
             keeps this process to itself; or a `Sync` object.
+        global_batch: samples of a full macro-batch over all ranks, any integer >= 1; what `loader` makes shares of.
 
     Raises:
         ArgumentError: an argument is out of its domain.
@@ -104,6 +106,7 @@ class TrainStep:
         sparse_grad: str = "refuse",
         listeners: Iterable[Listener] = (),
         sync: str | Sync = "auto",
+        global_batch: int | None = None,
     ) -> None:
         _check_callables(model, loss_fn, count)
         self.split = make_split(micro_batch)
@@ -116,6 +119,11 @@ class TrainStep:
             )
         if sparse_grad == "refuse":
             refuse_sparse(model)
+        if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
+            raise ArgumentError(
+                "global_batch", given=global_batch, expected="an integer >= 1 or None", fix="pass global_batch=1000"
+            )
+        self.global_batch = global_batch
         self._count = count
         self._window = Window(1)
         strategy = make_sync(sync, model)
@@ -207,6 +215,27 @@ class TrainStep:
             expected="one step per model and optimizer; its gradients are views of one buffer",
             fix="build a new TrainStep around the copied model and an optimizer of that copy",
         )
+
+    def loader(self, dataset: Any, **options: Any) -> MacroBatchLoader:
+        """A loader of this rank's shares of macro-batches of `global_batch` samples.
+
+        The same samples make up an update whatever the number of ranks, none comes twice and none is left out.
+
+        Args:
+            dataset: with `len()` and `dataset[index]`, or an `IterableDataset`.
+            **options: as for `MacroBatchLoader`: shuffle, seed, tail, collate_fn, device, num_workers, ...
+
+        Raises:
+            ArgumentError: the step was built without `global_batch`.
+        """
+        if self.global_batch is None:
+            raise ArgumentError(
+                "TrainStep.loader",
+                given="a step without global_batch",
+                expected="to know how many samples an update sees",
+                fix="build the step with global_batch=1000",
+            )
+        return MacroBatchLoader(dataset, self.global_batch, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """What the step itself knows: counters and the loss scale. Save model, optimizer and scheduler beside it."""

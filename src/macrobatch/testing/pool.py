@@ -26,13 +26,14 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """`world_size` processes, ranks of one gloo group.
+    """`world_size` processes, ranks of one group.
 
     Equivalent to starting the job under torchrun, without the seconds that importing torch takes each time.
 
     Args:
         world_size: number of ranks, >= 1.
         timeout_s: longest a job or a collective may take. After a failure the processes are replaced by new ones.
+        backend: "gloo", or "nccl" with a GPU for each rank.
 
     ```pycon
     >>> with RankPool(2) as pool:  # doctest: +SKIP
@@ -42,8 +43,9 @@ class RankPool:
     ```
     """
 
-    def __init__(self, world_size: int, *, timeout_s: float = 120.0) -> None:
+    def __init__(self, world_size: int, *, timeout_s: float = 120.0, backend: str = "gloo") -> None:
         self.world_size = world_size
+        self._backend = backend
         self._timeout_s = timeout_s
         self._members: list[tuple[Any, Connection]] = []
 
@@ -105,20 +107,22 @@ class RankPool:
         port = _free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, port, self._timeout_s, theirs)
+            args = (rank, self.world_size, port, self._timeout_s, self._backend, theirs)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
 
 
-def _serve(rank: int, world_size: int, port: int, timeout_s: float, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, timeout_s: float, backend: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world_size,
