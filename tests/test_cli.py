@@ -49,6 +49,16 @@ def exact_as_a_named_tuple():
     return Case(torch.randn(5, 3), nn.Linear(3, 1), squares)
 
 
+class Other(typing.NamedTuple):
+    model: typing.Any
+    loss: typing.Any
+    batch: typing.Any
+
+
+def not_these_names():
+    return Other(nn.Linear(3, 1), squares, torch.randn(5, 3))
+
+
 def inexact():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), squares, torch.randn(6, 3)
 
@@ -70,6 +80,18 @@ def markup():
     raise RuntimeError("[bold]brackets[/bold] are shown as they are")
 
 
+def absent():
+    open("no such file")
+
+
+def assertion():
+    assert False, "the user's own"
+
+
+def with_an_argument(x):
+    return exact()
+
+
 def empty():
     return nn.Linear(3, 1), squares, torch.randn(0, 3)
 
@@ -80,6 +102,20 @@ def interrupted():
 
 number = 7
 '''
+
+
+FILES = {
+    "cases.py": CASES,
+    "inner/deeper.py": CASES,
+    "inner/cases.py": f"import deeper\n{CASES}\n\ndef only_inside():\n    return deeper.exact()\n",
+    "inner/json.py": CASES,
+    "package/__init__.py": "",
+    "package/data.py": CASES,
+    "package/train.py": "from package.data import exact\n",
+    "package/relative.py": "from .data import exact\n",
+    "broken.py": "import no_such_package_at_all\n",
+    "unreadable.py": "def case(:\n",
+}
 
 
 class Outcome(NamedTuple):
@@ -98,25 +134,26 @@ def plain(text: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "cases.py").write_text(CASES)
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "deeper.py").write_text(CASES)
-    (tmp_path / "broken.py").write_text("import no_such_package_at_all\n")
+    for name, source in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `macrobatch ...` in this process, in a folder with the modules `cases`, `inner.deeper` and `broken`."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    """Runs `macrobatch ...` in this process, in the folder above, with none of its modules imported yet."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("MACROBATCH_DEBUG", raising=False)
-    for name in ("cases", "inner", "inner.deeper", "broken"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    original_path = [*sys.path]
+    tops = {name.removesuffix(".py").split("/")[i] for name in FILES for i in (0, -1)} - {"json"}
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["macrobatch", *arguments])
+        monkeypatch.setattr(sys, "path", [*original_path])
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            del sys.modules[name]
         with pytest.raises(SystemExit) as caught:
             main()
         out, err = capsys.readouterr()
@@ -188,12 +225,36 @@ def test_verify_option_out_of_domain_exits_with_2(command, arguments):
 
 
 @pytest.mark.parametrize(
-    "target", ["cases:exact", "cases:exact_as_a_dict", "cases.py:exact", "inner.deeper:exact", "inner/deeper.py:exact"]
+    "target",
+    [
+        "cases:exact",
+        "cases:exact_as_a_dict",
+        "cases.py:exact",
+        "./cases.py:exact",
+        "inner/../cases.py:exact",
+        "inner.deeper:exact",
+        "inner/deeper:exact",
+        "inner/deeper.py:exact",
+        "inner/cases.py:only_inside",  # which is not in ./cases.py, and needs its neighbour
+        "package.train:exact",
+        "package.relative:exact",
+        "package/train.py:exact",
+        pytest.param("package/relative.py:exact"),
+        pytest.param("inner/json.py:exact"),
+    ],
 )
 def test_verify_exact_case_exits_with_0(command, target):
     code, out, err = command("verify", target)
     assert (code, err) == (0, "")
     assert out.startswith("exact: relative gradient error ")
+
+
+def test_verify_target_may_be_a_file_anywhere(command, folder, monkeypatch):
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert command("verify", f"{folder}/inner/cases.py:only_inside").code == 0
+    assert command("verify", "../cases.py:exact").code == 0
+    assert command("verify", "cases.py:exact").code == 2
 
 
 def test_verify_inexact_case_exits_with_1_and_names_the_culprit(command):
@@ -236,24 +297,32 @@ def test_verify_case_may_be_a_named_tuple(command):
         (":exact", "':exact'"),
         ("", "''"),
         ("broken:case", "No module named 'no_such_package_at_all'"),
+        ("broken.py:case", "No module named 'no_such_package_at_all'"),
+        ("no_such_file.py:case", "No such file"),
+        ("no_such_folder/cases.py:exact", "No such file"),
+        ("cases.py:no_such_function", "no_such_function"),
+        ("cases.py", "'cases.py'"),
     ],
 )
 def test_verify_target_that_is_not_there_exits_with_2(command, target, named):
     message = refused_in_one_message(command("verify", target))
     assert message.startswith("error: MODULE:FUNCTION: given ")
     assert named in message
-    assert "macrobatch verify train:case" in message
+    assert message.endswith("To fix it, for example: macrobatch verify train.py:case.\n")
 
 
-def test_verify_target_may_be_a_path_from_here(command):
-    assert command("verify", "./cases.py:exact").code == 0
+@pytest.mark.parametrize("target", ["cases:number", "cases.py:number"])
+def test_verify_target_that_is_no_function_exits_with_2(command, target):
+    message = refused_in_one_message(command("verify", target))
+    assert message == (
+        f"error: {target}: given a int; expected a function without arguments. To fix it, write def case().\n"
+    )
 
 
-def test_verify_target_that_is_no_function_exits_with_2(command):
-    assert "number" in refused_in_one_message(command("verify", "cases:number"))
-
-
-@pytest.mark.parametrize(("target", "kind"), [("cases:not_a_case", "a tuple"), ("cases:not_these_keys", "a dict")])
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("cases:not_a_case", "a tuple"), ("cases:not_these_keys", "a dict"), ("cases:not_these_names", "a Other")],
+)
 def test_verify_function_that_returns_no_case_exits_with_2(command, target, kind):
     message = refused_in_one_message(command("verify", target))
     assert (
@@ -269,30 +338,57 @@ def test_error_of_the_package_is_one_message_and_exits_with_2(command):
     assert message == "error: batch: given no samples; expected at least one row. To fix it, skip empty batches.\n"
 
 
-def test_error_of_the_user_is_one_message_and_exits_with_1(command):
-    message = refused_in_one_message(command("verify", "cases:markup"), code=1)
+def test_error_of_the_user_is_one_message_and_exits_with_2(command):
+    """1 says that the gradient is not exact, and nothing else."""
+    message = refused_in_one_message(command("verify", "cases:markup"))
     assert message == "RuntimeError: [bold]brackets[/bold] are shown as they are\n(--debug shows where)\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("cases:absent", "FileNotFoundError"),
+        ("cases:assertion", "AssertionError"),
+        ("cases:with_an_argument", "TypeError"),
+        ("unreadable:case", "SyntaxError"),
+        ("unreadable.py:case", "SyntaxError"),
+    ],
+)
+def test_error_of_any_kind_is_one_message_and_exits_with_2(command, target, kind):
+    message = refused_in_one_message(command("verify", target))
+    assert message.startswith(f"{kind}: ")
+    assert message.endswith("\n(--debug shows where)\n")
 
 
 @pytest.mark.parametrize(
     ("target", "kind"), [("cases:markup", RuntimeError), ("cases:nothing", ArgumentError)], ids=["user", "package"]
 )
-@pytest.mark.parametrize("by", ["option", "environment"])
-def test_debug_lets_the_traceback_through(command, monkeypatch, target, kind, by):
-    if by == "environment":
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--debug", "verify", "TARGET"),
+        ("verify", "--debug", "TARGET"),
+        ("verify", "TARGET", "--debug"),  # where one types it, after reading "(--debug shows where)"
+        ("verify", "TARGET", "--micro-batch", "3", "--debug"),
+        ("--debug", "verify", "TARGET", "--debug"),
+        ("verify", "TARGET"),
+    ],
+    ids=" ".join,
+)
+def test_debug_shows_the_traceback(command, monkeypatch, target, kind, arguments):
+    if "--debug" not in arguments:
         monkeypatch.setenv("MACROBATCH_DEBUG", "1")
-    with pytest.raises(kind):
-        command(*["--debug"] * (by == "option"), "verify", target)
+    outcome = command(*(target if word == "TARGET" else word for word in arguments))
+    assert outcome.code == 2
+    assert "Traceback (most recent call last)" in outcome.err
+    assert kind.__name__ in outcome.err
 
 
-def test_debug_changes_nothing_about_a_run_without_errors(command):
-    assert command("--debug", "verify", "cases:exact").code == 0
-    assert command("--debug", "verify", "cases:inexact").code == 1
-
-
-def test_debug_may_stand_at_the_end(command):
-    """Where one types it, after reading "(--debug shows where)"."""
-    assert command("verify", "cases:exact", "--debug").code == 0
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_debug_changes_nothing_about_a_run_without_errors(command, place):
+    for name, code in (("exact", 0), ("inexact", 1)):
+        arguments = ["verify", f"cases:{name}", "--micro-batch", "2"]
+        assert command(*arguments[:place], "--debug", *arguments[place:]).code == code
 
 
 def test_interrupt_exits_with_130(command):
@@ -305,19 +401,21 @@ def test_installed_command_is_main():
     assert script.load() is main
 
 
-def test_command_in_a_process_of_its_own(folder: Path):
+@pytest.mark.parametrize(("options", "returncode"), [([], 2), (["--debug"], 2)], ids=["plain", "debug"])
+def test_command_in_a_process_of_its_own(folder: Path, options, returncode):
     """Once for real: exit code, streams, and a traceback where it was asked for."""
     code = "import sys; from macrobatch.cli import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", code, "--debug", "verify", "cases:markup"],
+        [sys.executable, "-c", code, *options, "verify", "cases:markup"],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={key: value for key, value in os.environ.items() if key != "MACROBATCH_DEBUG"} | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
-    assert result.returncode == 1
+    assert result.returncode == returncode
     assert result.stdout == ""
-    assert "Traceback (most recent call last)" in result.stderr
-    assert "cases.py" in result.stderr
+    assert ("Traceback (most recent call last)" in result.stderr) is bool(options)
+    assert ("cases.py" in result.stderr) is bool(options)
+    assert "[bold]brackets[/bold]" in result.stderr

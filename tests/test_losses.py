@@ -136,7 +136,7 @@ def test_cross_entropy_shift_of_one_position_weighs_nothing():
 
 
 def test_cross_entropy_shift_without_time_is_refused():
-    with pytest.raises(LossError):
+    with pytest.raises(LossError, match="with time for shift"):
         cross_entropy(torch.randn(5), torch.tensor(1), shift=True)
 
 
@@ -162,11 +162,8 @@ def test_cross_entropy_sum_beyond_the_range_of_float16_stays_finite():
     ("logits_dtype", "weight_dtype"),
     [
         (torch.float32, torch.float32),
-        pytest.param(torch.bfloat16, torch.bfloat16),
-        pytest.param(
-            torch.float64,  # what `verify` computes in, with weights that the loss function closes over
-            torch.float32,
-        ),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float32),  # what `verify` computes in, with weights that the loss function closes over
     ],
     ids=str,
 )

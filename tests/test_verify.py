@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
-from macrobatch.errors import ArgumentError, BatchError, LossError, NotYetError
+from macrobatch.errors import ArgumentError, BatchError, LossError, NonFiniteError, NotYetError
 from macrobatch.testing.models import CASES
 
 # Gradients of some hundred float64 terms in another order of addition: a few 1e-16, and room for cancellation.
@@ -58,9 +58,12 @@ def test_exact_case_passes(name, micro_batch):
     assert report.findings == ()
 
 
-def test_exact_split_by_tokens_passes():
+@pytest.mark.parametrize(
+    "trim", [None, lambda part, width: {key: leaf[:, :width] for key, leaf in part.items()}], ids=["whole", "trimmed"]
+)
+def test_exact_split_by_tokens_passes(trim):
     model, batch, loss_fn = CASES["tied_lm"](8)
-    split = mb.Tokens(18, lengths=lambda batch: (batch["labels"] != -100).sum(1))
+    split = mb.Tokens(18, lengths=lambda batch: (batch["labels"] != -100).sum(1), trim=trim)
     assert mb.verify(model, loss_fn, batch, micro_batch=split).error < EXACT
 
 
@@ -97,7 +100,12 @@ def test_tolerance_decides():
     report = mb.verify(case.model, case.loss_fn, case.batch, micro_batch=2, tolerance=1e-30)
     assert report.tolerance == 1e-30
     assert report.ok is (report.error == 0.0)
-    assert not report.findings  # beyond the tolerance, but nothing is at fault
+    assert found(report) == ([] if report.ok else ["the model or the loss"])  # beyond it, and nothing is at fault
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    report = mb.verify(model, squares, torch.randn(6, 3), micro_batch=2, tolerance=1e3)
+    assert report.error > WRONG
+    assert report.ok
+    assert found(report) == []
 
 
 def test_terms_with_denominators_of_their_own_pass():
@@ -402,6 +410,18 @@ def test_term_at_fault_is_named_and_the_sound_one_not():
     assert the_finding(nn.Linear(3, 1), loss_fn, torch.randn(5, 3)).culprit == "the loss term 'mean'"
 
 
+def test_what_shows_in_the_gradient_alone_is_blamed_on_model_or_loss():
+    """Its value is a mean over samples, in any split; its gradient has a part that grows with the micro-batch."""
+
+    def loss_fn(model: Any, x_BC: Tensor) -> Tensor:
+        y_BC = model(x_BC)
+        return y_BC.square().mean() + (y_BC - y_BC.detach()).sum()
+
+    finding = the_finding(nn.Linear(3, 1), loss_fn, torch.randn(6, 3))
+    assert finding.culprit == "the model or the loss"
+    assert "in a way not known here" in finding.reason
+
+
 def test_micro_batch_that_raises_is_reported_with_its_error():
     def loss_fn(model: Any, x_BC: Tensor) -> Tensor:
         if len(x_BC) < 4:
@@ -440,23 +460,70 @@ def test_term_that_does_not_apply_to_a_micro_batch_passes(applies):
     assert report.ok
 
 
-def test_loss_of_another_model_than_the_one_given_is_refused():
-    model = nn.Embedding(5, 3)
+@pytest.mark.parametrize("against", [None, 3])
+@pytest.mark.parametrize("is_same", [True, False], ids=["the same", "another"])
+def test_loss_of_a_model_it_closes_over_is_refused(is_same, against):
+    model, other = nn.Embedding(5, 3), nn.Embedding(5, 3)
+    closed_over = model if is_same else other
+    closed_over.weight.grad = held = torch.full((5, 3), 7.0)
 
     def loss_fn(_: Any, ids_B: Tensor) -> Tensor:
-        return model(ids_B).square().mean()  # the closure's model instead of the argument
+        return closed_over(ids_B).square().mean()  # instead of the argument
 
-    try:
-        report = mb.verify(model, loss_fn, torch.arange(4), micro_batch=2)
-    except (LossError, ArgumentError):
-        return
+    with pytest.raises(LossError, match=r"the loss: given one that none of the .* parameters takes part in"):
+        mb.verify(model, loss_fn, torch.arange(4), micro_batch=2, against=against)
+    if is_same:
+        assert model.weight.grad is held
+        assert bool((held == 7).all())
+
+
+@pytest.mark.parametrize(
+    "against",
+    [pytest.param(None), 3],
+)
+@pytest.mark.parametrize(
+    "loss_fn",
+    [lambda model, x: x.square().mean(), lambda model, x: squares(model, x).detach()],
+    ids=["data", "detached"],
+)
+def test_loss_without_a_gradient_is_refused(loss_fn, against):
+    with pytest.raises(LossError, match="parameters"):
+        mb.verify(nn.Linear(3, 1), loss_fn, torch.randn(6, 3), micro_batch=2, against=against)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "against"),
+    [
+        pytest.param(lambda model, x: (model(x) / 0).mean(), None, id="both"),
+        pytest.param(lambda model, x: (model(x) / 0).mean(), 3, id="both, against a split"),
+        pytest.param(lambda model, x: model(x).mul(0).sqrt().mean(), None, id="gradient"),
+        pytest.param(lambda model, x: model(x).mul(0).sqrt().mean(), 3, id="gradient, against a split"),
+        pytest.param(lambda model, x: model(x).mean() + math.inf, None, id="loss"),
+        pytest.param(lambda model, x: model(x).mean() + math.inf, 3, id="loss, against a split"),
+    ],
+)
+def test_batch_that_is_not_finite_itself_is_not_blamed_on_accumulation(loss_fn, against):
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        mb.verify(nn.Linear(3, 1), loss_fn, torch.randn(6, 3), micro_batch=2, against=against)
+
+
+def test_micro_batch_that_is_not_finite_is_reported():
+    report = mb.verify(
+        nn.Linear(3, 1), lambda model, x: squares(model, x) / (len(x) == 6), torch.randn(6, 3), micro_batch=2
+    )
     assert not report.ok
+    assert found(report)[0] == "a micro-batch"
+    assert report.findings[0].reason.startswith("raises NonFiniteError where the whole batch does not")
 
 
-def test_loss_that_is_not_finite_is_not_blamed_on_accumulation():
-    report = mb.verify(nn.Linear(3, 1), lambda model, x: (model(x) / 0).mean(), torch.randn(6, 3), micro_batch=2)
+def test_micro_batch_without_one_of_the_terms_is_reported():
+    def loss_fn(model: Any, x_BC: Tensor) -> dict[str, mb.Loss]:
+        terms = {"all": mb.Loss(squares(model, x_BC) * len(x_BC), len(x_BC))}
+        return terms | ({"first": mb.Loss(model(x_BC[:1]).sum(), 1)} if bool((x_BC == 0).any()) else {})
+
+    report = mb.verify(nn.Linear(3, 1), loss_fn, torch.arange(1, 19.0).view(6, 3) % 18, micro_batch=2)
     assert not report.ok
-    assert not any("where the whole batch does not" in str(finding) for finding in report.findings)
+    assert "a micro-batch" in found(report)
 
 
 # --- against another split ---
@@ -469,28 +536,45 @@ def test_against_another_split_passes():
     assert report.error < EXACT
 
 
-def test_against_never_runs_the_whole_batch_backward():
+def as_loss(model: Any, x_BC: Tensor) -> mb.Loss:
+    return mb.Loss(model(x_BC).square().sum(), len(x_BC))
+
+
+def as_terms(model: Any, x_BC: Tensor) -> dict[str, mb.Loss]:
+    return {"one": as_loss(model, x_BC), "other": mb.Loss(model(x_BC).sum(), 2 * len(x_BC))}
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [squares, as_loss, as_terms, mb.TwoPass(lambda model, x: model(x), lambda y_BC: y_BC.square().mean())],
+    ids=["mean", "Loss", "terms", "TwoPass"],
+)
+def test_against_never_runs_the_whole_batch(loss_fn):
     """The point of it: the whole batch does not fit."""
-    rows: list[int] = []
+    rows: list[tuple[str, int]] = []
 
-    def loss_fn(model: Any, x_BC: Tensor) -> Tensor:
-        loss, num_rows = squares(model, x_BC), len(x_BC)
-        loss.register_hook(lambda grad: rows.append(num_rows))
-        return loss
+    def looked_at(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        rows.append(("forward", len(args[0])))
+        if output.requires_grad:
+            output.register_hook(lambda grad: rows.append(("backward", len(grad))))
 
-    mb.verify(nn.Linear(3, 1), loss_fn, torch.randn(6, 3), micro_batch=2, against=3)
-    assert set(rows) == {2, 3}
+    model = nn.Linear(3, 1)
+    model.register_forward_hook(looked_at)
+    report = mb.verify(model, loss_fn, torch.randn(6, 3), micro_batch=2, against=3)
+    assert report.ok
+    assert set(rows) == {(direction, size) for direction in ("forward", "backward") for size in (2, 3)}
 
 
-def test_against_never_runs_the_whole_batch_forward_if_all_is_well():
+def test_against_never_runs_the_whole_batch_to_find_what_breaks():
     rows: list[int] = []
 
     def loss_fn(model: Any, x_BC: Tensor) -> Tensor:
         rows.append(len(x_BC))
-        return squares(model, x_BC)
+        return squares_and_sizes(model, x_BC)
 
-    mb.verify(nn.Linear(3, 1), loss_fn, torch.randn(6, 3), micro_batch=2, against=3)
-    assert set(rows) == {2, 3}
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    assert the_finding(model, loss_fn, torch.randn(12, 4), micro_batch=3, against=4).culprit == "BatchNorm1d at model.1"
+    assert set(rows) == {3, 4}
 
 
 def test_against_another_split_names_what_breaks():
@@ -606,12 +690,44 @@ def test_batch_without_rows_is_refused():
         mb.verify(nn.Linear(3, 1), squares, {"a": 1}, micro_batch=2)
 
 
-@pytest.mark.parametrize("output", [None, 1.0, torch.ones(3), [torch.ones(())]], ids=str)
+@pytest.mark.parametrize(
+    "output",
+    [
+        None,
+        1.0,
+        torch.ones(3),
+        [torch.ones(())],
+        {"term": torch.ones(())},
+        {"term": 1.0},
+        {},
+    ],
+    ids=str,
+)
 def test_what_is_no_loss_is_refused(output):
-    with pytest.raises(LossError, match="what loss_fn returned"):
+    with pytest.raises(LossError, match=r"what loss_fn returned|the loss: given a torch.float32 tensor of shape"):
         mb.verify(nn.Linear(3, 1), lambda model, x: output, torch.randn(6, 3), micro_batch=2)
 
 
-def test_model_without_trainable_parameters_is_refused():
-    with pytest.raises((ArgumentError, LossError)):
-        mb.verify(nn.Linear(3, 1).requires_grad_(False), squares, torch.randn(6, 3), micro_batch=2)
+@pytest.mark.parametrize(
+    "output",
+    [
+        None,
+        1.0,
+        torch.ones(3),
+        [torch.ones(())],
+        {"term": torch.ones(())},
+        {"term": 1.0},
+        {},
+    ],
+    ids=str,
+)
+def test_what_is_no_loss_is_refused_against_another_split(output):
+    with pytest.raises(LossError):
+        mb.verify(nn.Linear(3, 1), lambda model, x: output, torch.randn(6, 3), micro_batch=2, against=3)
+
+
+@pytest.mark.parametrize("against", [None, 3])
+def test_model_without_trainable_parameters_is_refused(against):
+    model = nn.Linear(3, 1).requires_grad_(False)
+    with pytest.raises(ArgumentError, match="model: given no parameter that requires grad"):
+        mb.verify(model, squares, torch.randn(6, 3), micro_batch=2, against=against)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -122,7 +124,8 @@ def main() -> None:
         app([word for word in sys.argv[1:] if word != _DEBUG])
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+            raise SystemExit(2) from None
         of_ours = isinstance(error, MacrobatchError)
         text = f"error: {error}" if of_ours else f"{type(error).__name__}: {error}\n({_DEBUG} shows where)"
         console.print(text, style="red")
@@ -165,6 +168,16 @@ def _module(location: str) -> ModuleType:
     path = Path(location)
     if path.suffix != ".py":
         return importlib.import_module(location.replace("/", "."))
-    sys.path.insert(0, str(path.resolve().parent))
-    path.stat()
-    return importlib.import_module(path.stem)
+    path = path.resolve(strict=True)
+    name, root = path.stem, path.parent
+    while (root / "__init__.py").exists():  # a part of a package, which may import its neighbours
+        name, root = f"{root.name}.{name}", root.parent
+    sys.path.insert(0, str(root))
+    if "." in name:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)  # by its file: json.py is not the standard library's
+    spec.loader.exec_module(module)
+    return module

@@ -93,7 +93,7 @@ def loss_findings(model: nn.Module, loss_fn: LossFn, batch: Any, sizes: Sequence
     return [
         finding
         for name, (total, weight) in whole.items()
-        for finding in [_loss_finding(name, total, weight, [part[name] for part in parts], sizes)]
+        for finding in [_loss_finding(name, total, weight, [part.get(name, (0.0, 0.0)) for part in parts], sizes)]
         if finding is not None
     ]
 

@@ -247,7 +247,7 @@ class TrainStep:
         Raises:
             StateError: what is wrong with it.
         """
-        if not isinstance(state, Mapping) or state.keys() != {"window", "precision"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(state, Mapping) or set(state) != {"window", "precision"}:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise StateError(
                 "TrainStep.load_state_dict",
                 given=f"{state!r:.100}",

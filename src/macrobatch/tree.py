@@ -35,13 +35,21 @@ class Flat(NamedTuple):
 
     def split(self, sizes: Sequence[int]) -> list[Any]:
         """Consecutive parts of the given numbers of rows, which must add up to all of them."""
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != self.num_rows:
+        if not all(type(size) is int and size > 0 for size in sizes) or sum(sizes) != self.num_rows:
             raise ArgumentError(
                 "tree.split sizes",
                 given=list(sizes),
                 expected=f"positive integers that add up to the {self.num_rows} rows of the batch",
                 fix="cut the batch at its own number of rows (tree.num_rows)",
             )
+        for leaf in self.leaves if len(sizes) > 1 else ():
+            if isinstance(leaf, list | tuple) and len(leaf) == self.num_rows and not _is_row_list(leaf):
+                raise BatchError(
+                    "batch",
+                    given=f"a {type(leaf).__name__} of {len(leaf)} items without rows, beside as many samples",
+                    expected="a list of plain values or a tensor, if it has one item per sample",
+                    fix="make it one of these, or let loss_fn close over it if it belongs to the batch as a whole",
+                )
         cuts = [_split_leaf(leaf, sizes) for leaf in self.leaves]
         return [self.rebuild(parts) for parts in zip(*cuts, strict=True)]
 
@@ -56,14 +64,6 @@ def flatten(batch: Any) -> Flat:
     sizes = [len(leaf) for leaf in values if _has_rows(leaf)]
     if not sizes or min(sizes) != max(sizes) or sizes[0] == 0:
         raise _row_error(batch)
-    for leaf in values:
-        if isinstance(leaf, list | tuple) and len(leaf) == sizes[0] > 1 and not _is_row_list(leaf):
-            raise BatchError(
-                "batch",
-                given=f"a {type(leaf).__name__} of {len(leaf)} items without rows, beside {sizes[0]} samples",
-                expected="a list of plain values or a tensor, if it has one item per sample",
-                fix="make it one of these, or let loss_fn close over it if it belongs to the batch as a whole",
-            )
     return Flat(values, sizes[0], rebuild)
 
 
@@ -158,7 +158,7 @@ def to_device(batch: T, device: torch.device) -> T:
 
 
 def _is_plain(value: Any) -> bool:
-    """A list or tuple that holds no tensor or array with rows."""
+    """A list or tuple that holds nothing with rows."""
     if not isinstance(value, list | tuple) or hasattr(value, "_fields"):
         return False
     return not any(map(_holds_rows, value))
@@ -171,6 +171,8 @@ def _is_row_list(value: Any) -> bool:
 def _holds_rows(value: Any) -> bool:
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim > 0
+    if isinstance(value, list) and _is_row_list(value):
+        return bool(value)
     parts = None if isinstance(value, _ATOMS) else _children(value)
     return parts is not None and any(map(_holds_rows, parts[1]))
 
@@ -183,7 +185,7 @@ def _has_rows(leaf: Any) -> bool:
 
 def _children(node: Any) -> tuple[Sequence[Any], Sequence[Any]] | None:
     """Keys and values of a container, or None for a leaf."""
-    if isinstance(node, Tensor | np.ndarray | _ATOMS) or _is_plain(node):
+    if isinstance(node, Tensor | np.ndarray | _ATOMS) or _is_row_list(node) or _is_plain(node):
         return None
     if isinstance(node, Mapping):
         return list(node.keys()), list(node.values())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
-from macrobatch.core.loss import Loss
+from macrobatch.core.loss import Loss, taken_apart
 from macrobatch.core.step import LossFn
 from macrobatch.core.twopass import TwoPass
 from macrobatch.diagnose import Finding, coupling_modules, loss_findings
@@ -54,7 +54,8 @@ class Report:
 _UNEXPLAINED = Finding(
     culprit="the model or the loss",
     reason="gives a sample another gradient in a micro-batch than in the whole batch, in a way not known here",
-    advice="Look at the parameters named below, and at what their modules do with the batch dimension",
+    advice="Look at the parameters named below and at what their modules do with the batch dimension, or verify with "
+    "few samples and without `against`",
 )
 
 
@@ -106,7 +107,11 @@ def verify(
         error = _total(errors, reference)
         ok = error <= tolerance
         if not ok:
-            findings += coupling_modules(trial, loss_fn, batch, sizes) or loss_findings(trial, loss_fn, batch, sizes)
+            if against is not None:  # the batch does not fit as a whole, but each of these parts does
+                batch, _ = make_split(against).split(batch)[0]
+                sizes = [num_rows for _, num_rows in split.split(batch)]
+            found = coupling_modules(trial, loss_fn, batch, sizes)
+            findings += found or loss_findings(trial, loss_fn, batch, sizes)
             findings = findings or [_UNEXPLAINED]
     relative = {name: e / (float(reference[name].norm()) or 1.0) for name, e in errors.items()}
     worst = dict(sorted(relative.items(), key=lambda item: -item[1])[:3])
@@ -129,7 +134,16 @@ def _gradients_put_back(model: nn.Module) -> Generator[None]:
 def _reference(model: nn.Module, loss_fn: LossFn, batch: Any, split: Split | None) -> dict[str, Tensor]:
     model.zero_grad()
     if split is None:
-        _whole(loss_fn(model, batch)).backward()
+        loss = _whole(loss_fn(model, batch), tree.num_rows(batch))
+        if not loss.isfinite():
+            raise NonFiniteError(
+                "the reference",
+                given="a NaN or infinite loss of the batch itself",
+                expected="finite numbers to compare with",
+                fix="look at the loss of this batch, or verify with another one",
+            )
+        if loss.requires_grad:
+            loss.backward()
         gradients = _gradients(model)
     else:
         gradients = _accumulated(model, loss_fn, batch, split)
@@ -180,25 +194,16 @@ def _weights(model: nn.Module, loss_fn: LossFn, parts: list[Any]) -> dict[str, f
             output = None if isinstance(loss_fn, TwoPass) else loss_fn(model, part)
             if not isinstance(output, Mapping):
                 return None
-            for name, term in output.items():
+            for name, term in taken_apart(output, tree.num_rows(part)).items():
                 weights[name] = weights.get(name, 0.0) + float(term.weight)
     return weights
 
 
-def _whole(output: Any) -> Tensor:
-    """The mean loss of the whole batch, by plain PyTorch, without any code of the core."""
-    if isinstance(output, Loss):
-        return output.mean
-    if isinstance(output, Mapping):
-        return torch.stack([term.mean for term in output.values()]).sum()
-    if isinstance(output, Tensor) and not output.ndim:
-        return output
-    raise LossError(
-        "what loss_fn returned",
-        given=f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__,
-        expected="a 0-d tensor, a Loss or a dict of Loss terms",
-        fix="return the loss tensor itself",
-    )
+def _whole(output: Any, num_samples: int) -> Tensor:
+    """The mean loss of the whole batch, by plain PyTorch."""
+    taken_apart(output, num_samples)  # refuses what is no loss
+    terms = output.values() if isinstance(output, Mapping) else [output]
+    return torch.stack([term.mean if isinstance(term, Loss) else term for term in terms]).sum()
 
 
 def _errors(gradients: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:

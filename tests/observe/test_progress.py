@@ -6,6 +6,7 @@ import gc
 import io
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,10 +67,21 @@ def batches(num: int, num_rows: int = 4) -> list[Tensor]:
     return [torch.full((num_rows, 2), float(i + 1)) for i in range(num)]
 
 
-def shown(file: io.StringIO) -> list[dict[str, str]]:
-    """What stood behind the bar, refresh by refresh, where it changed."""
-    texts = [dict(re.findall(r"([\w/]+)=([^,\]]+)", line)) for line in file.getvalue().split("\r")]
-    return [text for i, text in enumerate(texts) if text and (i == 0 or text != texts[i - 1])]
+TEXT = re.compile(
+    r"(?:loss=(?P<loss>[^ ,]+), )?(?:lr=(?P<lr>[^ ,]+), )?(?P<rate>[^ ,]+) (?P<unit>samples|tokens)/s, "
+    r"(?P<memory>[^ ,]+)B(?:, (?P<skipped>\d+) skipped)?"
+)
+
+
+def shown(file: io.StringIO) -> list[dict[str, str | None]]:
+    """What stood behind the bar, refresh by refresh, where it changed by more than memory; None for what did not."""
+    texts: list[dict[str, str | None]] = []
+    for line in re.findall(r"(?:window/s|s/window), (.*?)\]", file.getvalue()):
+        match = TEXT.fullmatch(line)
+        assert match is not None, line
+        if not texts or texts[-1] | {"memory": match["memory"]} != match.groupdict():
+            texts.append(match.groupdict())
+    return texts
 
 
 def is_closed(file: io.StringIO) -> bool:
@@ -79,16 +91,17 @@ def is_closed(file: io.StringIO) -> bool:
 # --- the text ---
 
 
-def test_bar_shows_loss_rate_learning_rate_and_memory():
-    step, file = make_step(lr=0.25), io.StringIO()
-    results = [step(batch) for batch in mb.track(batches(3), step, file=file, refresh_s=ALWAYS_S)]
+def test_bar_shows_loss_learning_rate_throughput_and_memory(clock: Clock):
+    step, file, losses = make_step(lr=0.25), io.StringIO(), []
+    for batch in mb.track(batches(3), step, file=file, refresh_s=ALWAYS_S):
+        losses.append(f"{step(batch).loss:.4g}")
+        clock.now_s += 1
     texts = shown(file)
-    assert [text["loss"] for text in texts] == [f"{result.loss:.4g}" for result in results]
+    assert [text["loss"] for text in texts] == losses
+    assert len(set(losses)) == 3
     for text in texts:
-        assert list(text) == ["loss", "lr", "samples/s", "mem"]
-        assert text["lr"] == "0.25"
-        assert re.fullmatch(r"\d+(\.\d+)?(e\+\d+)?[kMGT]?", text["samples/s"])
-        assert re.fullmatch(r"\d+(\.\d+)?[kMGT]?B", text["mem"])
+        assert (text["lr"], text["rate"], text["unit"], text["skipped"]) == ("0.25", "4", "samples", None)
+        assert re.fullmatch(r"\d+(\.\d+)?[kMGT]?", str(text["memory"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows the accelerator's memory instead")
@@ -97,13 +110,13 @@ def test_bar_memory_is_the_process_peak_in_bytes(clock: Clock):
     for batch in mb.track(batches(1), step, file=file, refresh_s=ALWAYS_S):
         step(batch)
         clock.now_s += 1
-    match = re.fullmatch(r"([\d.]+)([kMG])B", shown(file)[-1]["mem"])
+    match = re.fullmatch(r"([\d.]+)([kMG])", str(shown(file)[-1]["memory"]))
     assert match is not None
     megabytes = float(match[1]) * {"k": 1e-3, "M": 1, "G": 1e3}[match[2]]
     assert 50 < megabytes < 100_000  # torch alone needs more than 50 MB, and no test has 100 GB
 
 
-def test_bar_follows_the_scheduler():
+def test_bar_follows_the_scheduler(clock: Clock):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -111,15 +124,16 @@ def test_bar_follows_the_scheduler():
     file = io.StringIO()
     for batch in mb.track(batches(3), step, file=file, refresh_s=ALWAYS_S):
         step(batch)
+        clock.now_s += 1
     assert [text["lr"] for text in shown(file)] == ["0.5", "0.25", "0.125"]
 
 
-def test_bar_counts_skipped_windows():
-    step, file = make_step(lambda model, x: mb.Loss(model(x).sum(), int(x[0, 0] > 1))), io.StringIO()
-    for batch in mb.track(batches(2), step, file=file, refresh_s=ALWAYS_S):
+def test_bar_counts_skipped_windows(clock: Clock):
+    step, file = make_step(lambda model, x: mb.Loss(model(x).sum(), int(x[0, 0] % 2))), io.StringIO()
+    for batch in mb.track(batches(5), step, file=file, refresh_s=ALWAYS_S):
         step(batch)
-    first, second = shown(file)
-    assert first["skipped"] == second["skipped"] == "1"
+        clock.now_s += 1
+    assert [text["skipped"] for text in shown(file)] == [None, "1", "1", "2", "2"]
 
 
 def test_bar_without_skipped_windows_says_nothing_of_them():
@@ -133,8 +147,9 @@ def test_bar_without_a_step_shows_samples_and_memory_only(clock: Clock):
     file = io.StringIO()
     for _ in mb.track(batches(2, num_rows=6), file=file, refresh_s=ALWAYS_S):
         clock.now_s += 2
-    assert [list(text) for text in shown(file)] == [["samples/s", "mem"]] * len(shown(file))
-    assert shown(file)[0]["samples/s"] == "3"
+    (text,) = shown(file)
+    del text["memory"]
+    assert text == {"loss": None, "lr": None, "rate": "3", "unit": "samples", "skipped": None}
 
 
 def test_bar_options_go_to_tqdm():
@@ -144,13 +159,41 @@ def test_bar_options_go_to_tqdm():
     assert "2/7" in file.getvalue()
 
 
+@pytest.mark.parametrize("make", [list, iter], ids=["sized", "not sized"])
+def test_bar_knows_the_length_of_a_loader_that_has_one(make):
+    file = io.StringIO()
+    assert len(list(mb.track(make(batches(3)), file=file))) == 3
+    assert ("3/3" in file.getvalue()) is (make is list)
+
+
+def test_bar_takes_a_loader_that_does_not_know_its_length():
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.ones(6, 2))
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    assert len(list(mb.track(loader, file=io.StringIO()))) == 3
+
+
+@pytest.mark.parametrize("end", ["loader", "break", "exception"])
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
-def test_bar_shows_the_last_window_when_the_loader_ends(unit):
-    step, file, result = make_step(), io.StringIO(), None
-    for batch in mb.track(batches(3), step, unit=unit, file=file, refresh_s=NEVER_S):
-        result = step(batch)
-    assert result is not None
-    assert shown(file)[-1]["loss"] == f"{result.loss:.4g}"
+def test_bar_shows_the_last_state_at_the_end(clock: Clock, unit, end):
+    step, file, losses = make_step(), io.StringIO(), []
+
+    def train() -> None:
+        for i, batch in enumerate(mb.track(batches(3), step, unit=unit, file=file, refresh_s=NEVER_S)):
+            losses.append(f"{step(batch).loss:.4g}")
+            clock.now_s += 2
+            if i == 1 and end == "break":
+                break
+            if i == 1 and end == "exception":
+                raise KeyError("the user's own")
+
+    with pytest.raises(KeyError) if end == "exception" else nullcontext():
+        train()
+    (text,) = shown(file)
+    assert len(losses) == (3 if end == "loader" else 2)
+    assert (text["loss"], text["rate"], text["unit"]) == (losses[-1], "2", unit)
 
 
 # --- counting ---
@@ -162,7 +205,7 @@ def test_samples_per_second_count_every_row_since_the_start(clock: Clock):
         step(batch)
         clock.now_s += 1
     texts = shown(file)
-    assert [text["samples/s"] for text in texts] == ["6", "6"]  # 12 rows in 2 s, 24 in 4 s
+    assert [(text["rate"], text["unit"]) for text in texts] == [("6", "samples")] * 2  # 12 rows in 2 s, 24 in 4 s
     assert len({text["loss"] for text in texts}) == 2
 
 
@@ -174,9 +217,9 @@ def test_tokens_per_second_count_every_weight_once(clock: Clock):
     for batch in mb.track(batches(5), step, unit="tokens", file=file, refresh_s=1.5):
         losses += [f"{step(batch).loss:.4g}"]
         clock.now_s += 1
-    # Window i weighs 40 i: 40 + 80 in 2 s, ... + 120 + 160 in 4 s.
-    assert [text["tokens/s"] for text in shown(file)[:2]] == ["60", "100"]
-    assert [text["loss"] for text in shown(file)[:2]] == [losses[1], losses[3]]
+    # Window i weighs 40 i: 40 + 80 in 2 s, ... + 120 + 160 in 4 s; at the end ... + 200 in 5 s.
+    assert [text["rate"] for text in shown(file)] == ["60", "100", "120"]
+    assert [text["loss"] for text in shown(file)] == [losses[1], losses[3], losses[4]]
     assert len(set(losses)) == 5
 
 
@@ -186,25 +229,39 @@ def test_tokens_on_the_device_are_counted(clock: Clock):
     for batch in mb.track(batches(2), step, unit="tokens", file=file, refresh_s=ALWAYS_S):
         step(batch)
         clock.now_s += 1
-    assert [text["tokens/s"] for text in shown(file)] == ["20", "20"]
+    assert [(text["rate"], text["unit"]) for text in shown(file)] == [("20", "tokens")] * 2
 
 
 @pytest.mark.parametrize(
     ("rate", "text"),
-    [(0, "0"), (7, "7"), (999, "999"), (1000, "1k"), (1234, "1.23k"), (2_500_000, "2.5M"), (3e9, "3G"), (4e12, "4T")],
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1k"),
+        (1234, "1.23k"),
+        (2_500_000, "2.5M"),
+        (3e9, "3G"),
+        (4e12, "4T"),
+        (5e14, "500T"),
+        (4e15, "4e+03T"),  # there is no prefix beyond
+        pytest.param(999.9, "1k"),
+        pytest.param(999_900, "1M"),
+    ],
 )
 def test_rates_are_short(clock: Clock, rate: float, text: str):
     step, file = make_step(lambda model, x: mb.Loss(model(x).sum(), rate / 2)), io.StringIO()
     for batch in mb.track(batches(1), step, unit="tokens", file=file, refresh_s=ALWAYS_S):
         step(batch)  # two micro-batches
         clock.now_s += 1
-    assert shown(file)[0]["tokens/s"] == text
+    assert shown(file)[0]["rate"] == text
 
 
 def test_rate_beyond_all_prefixes_does_not_end_the_loop(clock: Clock):
-    step = make_step(lambda model, x: mb.Loss(model(x).sum(), 1e6))
-    for batch in mb.track(batches(1), step, unit="tokens", file=io.StringIO(), refresh_s=0):
-        step(batch)  # and the clock stands still: 2 million in 0 s
+    step, file = make_step(lambda model, x: mb.Loss(model(x).sum(), 1e6)), io.StringIO()
+    for batch in mb.track(batches(1), step, unit="tokens", file=file, refresh_s=NEVER_S):
+        step(batch)  # and the clock stands still: 2 million in 0 s, counted as a nanosecond
+    assert shown(file)[-1]["rate"] == "2e+03T"
 
 
 # --- when it looks ---
@@ -254,6 +311,7 @@ def test_a_disabled_bar_reads_and_writes_nothing():
     step, file = make_step(nonfinite="ignore"), io.StringIO()
     with Reads() as reads:
         for batch in mb.track(batches(3), step, file=file, refresh_s=ALWAYS_S, disable=True):
+            assert step.listeners == []
             step(batch)
     assert reads.num == 0
     assert file.getvalue() == ""
@@ -264,7 +322,7 @@ def test_a_disabled_bar_reads_and_writes_nothing():
     [
         ("samples", True),
         ("samples", False),
-        pytest.param("tokens", True),
+        ("tokens", True),
     ],
 )
 def test_results_are_not_kept_for_a_bar_that_does_not_show_them(unit, disable):
@@ -276,6 +334,27 @@ def test_results_are_not_kept_for_a_bar_that_does_not_show_them(unit, disable):
         step(batch)
         if i + 1 == len(loader):
             assert num_results() <= before + 1  # of the loss, the last one is enough
+
+
+def test_tokens_are_counted_at_the_latest_every_64_windows(clock: Clock):
+    """So that a bar that is hardly ever refreshed does not keep every result."""
+    step = make_step(
+        lambda model, x: mb.Loss(model(x).square().sum(), torch.tensor(5 * len(x))), lr=1e-3, nonfinite="ignore"
+    )
+    file, before, nums = io.StringIO(), num_results(), []
+    loader = [torch.ones(2, 2)] * 130
+    with Reads() as reads:
+        for i, batch in enumerate(mb.track(loader, step, unit="tokens", file=file, refresh_s=NEVER_S)):
+            nums.append(reads.num)
+            if i in (63, 127, 129):
+                assert num_results() <= before + 64
+            step(batch)
+            clock.now_s += 1
+    assert not any(nums[:64])
+    assert nums[64] > 0
+    assert set(nums[64:128]) == {nums[64]}
+    assert set(nums[128:]) == {2 * nums[64]}
+    assert shown(file)[-1]["rate"] == "10"  # each window once: 130 × 10 in 130 s
 
 
 def num_results() -> int:
@@ -409,7 +488,7 @@ def test_unit_unknown_is_refused_at_the_call(unit):
         mb.track(batches(1), unit=unit)
 
 
-@pytest.mark.parametrize("refresh_s", [-1, "soon", None, True, float("nan")])
+@pytest.mark.parametrize("refresh_s", [0, -1, "soon", None, True, float("nan")])
 def test_refresh_out_of_domain_is_refused_at_the_call(refresh_s):
     with pytest.raises(ArgumentError, match="refresh_s"):
         mb.track(batches(1), refresh_s=refresh_s, file=io.StringIO())

@@ -32,6 +32,10 @@ def count_tokens(batch: Any) -> Tensor:
     return (batch["ids"] != PAD).sum(1)
 
 
+def cut(batch: Any, width: int) -> Any:
+    return batch | {"ids": batch["ids"][:, :width]}
+
+
 def rows_of(parts: list[tuple[Any, int]]) -> list[int]:
     return [int(row) for part, _ in parts for row in part["row"]]
 
@@ -82,7 +86,7 @@ LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=25)
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, cap=st.integers(1, 40), trim=st.booleans(), extra=st.integers(0, 3))
+@given(lengths=LENGTHS, cap=st.integers(1, 40), trim=st.sampled_from([None, cut]), extra=st.integers(0, 3))
 def test_tokens_keep_order_take_every_row_once_and_hold_the_cap(lengths, cap, trim, extra):
     assume(max(lengths) <= cap)
     batch = padded(lengths, width=max(lengths) + extra + 1)
@@ -90,14 +94,14 @@ def test_tokens_keep_order_take_every_row_once_and_hold_the_cap(lengths, cap, tr
     assert rows_of(parts) == list(range(len(lengths)))
     for part, num_rows in parts:
         assert tree.num_rows(part) == num_rows >= 1
-        assert num_rows * max(lengths[int(row)] for row in part["row"]) <= cap
+        assert num_rows * max(1, *(lengths[int(row)] for row in part["row"])) <= cap
 
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, cap=st.integers(9, 40), extra=st.integers(0, 3))
 def test_tokens_trimming_keeps_every_token_and_cuts_all_padding_columns(lengths, cap, extra):
     batch = padded(lengths, width=max(lengths) + extra + 1)
-    parts = Tokens(cap, lengths=count_tokens, trim=True).split(batch)
+    parts = Tokens(cap, lengths=count_tokens, trim=cut).split(batch)
     kept = torch.cat([part["ids"][part["ids"] != PAD] for part, _ in parts])
     assert torch.equal(kept, batch["ids"][batch["ids"] != PAD])
     for part, _ in parts:
@@ -108,10 +112,10 @@ def test_tokens_trimming_keeps_every_token_and_cuts_all_padding_columns(lengths,
 @settings(deadline=None)
 @given(lengths=LENGTHS, cap=st.integers(9, 40))
 def test_tokens_next_row_would_not_have_fitted(lengths, cap):
-    """Greedy: a micro-batch ends only where one row more breaks the cap."""
+    """Greedy: a micro-batch ends only where one row more breaks the cap. A row without a token has one column."""
     parts = Tokens(cap, lengths=count_tokens).split(padded(lengths))
     for (part, num_rows), (following, _) in pairwise(parts):
-        longest = max(lengths[int(row)] for row in [*part["row"], following["row"][0]])
+        longest = max(1, *(lengths[int(row)] for row in [*part["row"], following["row"][0]]))
         assert (num_rows + 1) * longest > cap
 
 
@@ -122,36 +126,33 @@ def test_tokens_without_trim_are_untouched_views():
     assert parts[0][0]["ids"].data_ptr() == batch["ids"].data_ptr()
 
 
-def test_tokens_trim_is_a_view():
+def test_tokens_trimmed_micro_batches_may_be_views():
     batch = padded([1, 1, 4])
-    parts = Tokens(4, lengths=count_tokens, trim=True).split(batch)
+    parts = Tokens(4, lengths=count_tokens, trim=cut).split(batch)
     assert [part["ids"].shape for part, _ in parts] == [(2, 1), (1, 4)]
     assert parts[1][0]["ids"].data_ptr() == batch["ids"][2].data_ptr()
 
 
-def test_tokens_trim_cuts_every_leaf_of_the_width_and_no_other():
-    ids_BT = padded([1, 1, 3])["ids"]
-    batch = {
-        "ids": ids_BT,
-        "mask": ids_BT != PAD,
-        "embedded": torch.ones(3, 3, 5),  # (rows, width, ...)
-        "row": torch.arange(3),
-        "narrow": torch.ones(3, 2),
-        "text": ["a", "b", "c"],
-    }
-    (first, _), (second, _) = Tokens(4, lengths=count_tokens, trim=True).split(batch)
-    assert first["ids"].shape == first["mask"].shape == (2, 1)
-    assert first["embedded"].shape == (2, 1, 5)
-    assert first["narrow"].shape == (2, 2)
-    assert first["text"] == ["a", "b"]
-    assert second["embedded"].shape == (1, 3, 5)
+def test_tokens_trim_gets_each_micro_batch_and_the_length_of_its_longest_row():
+    calls: list[tuple[list[int], tuple[int, ...], int]] = []
+
+    def trim(part: Any, width: int) -> Any:
+        calls.append((part["row"].tolist(), tuple(part["ids"].shape), width))
+        return part
+
+    Tokens(4, lengths=count_tokens, trim=trim).split(padded([1, 2, 3, 0, 0], width=6))
+    assert calls == [([0, 1], (2, 6), 2), ([2], (1, 6), 3), ([3, 4], (2, 6), 1)]
 
 
-def test_tokens_trim_leaves_wider_features_alone():
-    batch = padded([2, 1]) | {"features": torch.ones(2, 10)}
-    ((part, _),) = Tokens(4, lengths=count_tokens, trim=True).split(batch | {"ids": padded([2, 1], width=4)["ids"]})
-    assert part["features"].shape == (2, 10)
-    assert part["ids"].shape == (2, 2)
+def test_tokens_what_trim_returns_is_the_micro_batch():
+    """It alone decides what is padding: other leaves stay as they are, even if they happen to be as wide."""
+    batch = padded([1, 1, 3]) | {"features": torch.ones(3, 3), "wide": torch.ones(3, 10), "text": ["a", "b", "c"]}
+    (first, _), (second, _) = Tokens(4, lengths=count_tokens, trim=cut).split(batch)
+    assert first["ids"].shape == (2, 1)
+    assert (first["features"].shape, first["wide"].shape, first["text"]) == ((2, 3), (2, 10), ["a", "b"])
+    assert second["ids"].shape == (1, 3)
+    parts = Tokens(4, lengths=count_tokens, trim=lambda part, width: ("other", width)).split(batch)
+    assert parts == [(("other", 1), 2), (("other", 3), 1)]
 
 
 @pytest.mark.parametrize("kind", [tuple, list, torch.tensor])
@@ -160,8 +161,9 @@ def test_tokens_lengths_may_be_any_sequence_or_tensor(kind):
     assert [num for _, num in tokens.split(padded([2, 2, 4]))] == [2, 1]
 
 
-def test_tokens_lengths_may_be_an_array():
-    lengths: Any = np.array([2, 2, 4])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+def test_tokens_lengths_may_be_an_array(dtype):
+    lengths: Any = np.array([2, 2, 4], dtype)
     tokens = Tokens(4, lengths=lambda batch: lengths)
     assert [num for _, num in tokens.split(padded([2, 2, 4]))] == [2, 1]
 
@@ -170,8 +172,10 @@ def test_tokens_row_at_the_cap_is_alone():
     assert [num for _, num in Tokens(4, lengths=count_tokens).split(padded([4, 0, 4]))] == [1, 1, 1]
 
 
-def test_tokens_rows_without_a_token_go_together():
-    assert [num for _, num in Tokens(1, lengths=count_tokens).split(padded([0, 0, 0]))] == [3]
+@pytest.mark.parametrize(("cap", "expected"), [(1, [1, 1, 1]), (2, [2, 1]), (3, [3])])
+def test_tokens_row_without_a_token_counts_as_one_column(cap, expected):
+    """As wide as its micro-batch is at least."""
+    assert [num for _, num in Tokens(cap, lengths=count_tokens).split(padded([0, 0, 0]))] == expected
 
 
 def test_tokens_row_longer_than_the_cap_is_refused_naming_it():
@@ -181,7 +185,19 @@ def test_tokens_row_longer_than_the_cap_is_refused_naming_it():
 
 @pytest.mark.parametrize(
     "lengths",
-    [[1, 2], [1, 2, 3, 4], [], [1.0, 2.0, 3.0], [1, -1, 2], ["1", "2", "3"], torch.ones(3), torch.ones(3, 1).long()],
+    [
+        [1, 2],
+        [1, 2, 3, 4],
+        [],
+        [1.0, 2.0, 3.0],
+        [1, -1, 2],
+        ["1", "2", "3"],
+        [True, True, True],
+        torch.ones(3),
+        torch.ones(3, 1).long(),
+        torch.ones(3, dtype=torch.bool),
+        np.ones(3),
+    ],
     ids=str,
 )
 def test_tokens_lengths_that_do_not_fit_are_refused(lengths):
@@ -189,14 +205,14 @@ def test_tokens_lengths_that_do_not_fit_are_refused(lengths):
         Tokens(9, lengths=lambda batch: lengths).split(padded([1, 2, 3]))
 
 
-@pytest.mark.parametrize("lengths", [6, torch.tensor(6), None], ids=str)
+@pytest.mark.parametrize("lengths", [6, torch.tensor(6), np.array(6), None, "123", {0: 1, 1: 2, 2: 3}], ids=str)
 def test_tokens_lengths_that_are_no_sequence_are_refused(lengths):
-    with pytest.raises(BatchError, match=r"Tokens\.lengths"):
+    with pytest.raises(BatchError, match=r"Tokens\.lengths.*an integer >= 0 for each of the 3 rows"):
         Tokens(9, lengths=lambda batch: lengths).split(padded([1, 2, 3]))
 
 
 def test_tokens_long_list_of_wrong_lengths_is_shown_in_part():
-    with pytest.raises(BatchError, match=r"\(100 values\)") as caught:
+    with pytest.raises(BatchError, match=r"given \[1, 1, .* from a batch of 3 rows") as caught:
         Tokens(9, lengths=lambda batch: [1] * 100).split(padded([1, 2, 3]))
     assert len(str(caught.value)) < 300
 
@@ -207,9 +223,16 @@ def test_tokens_cap_out_of_domain_is_refused(max_tokens):
         Tokens(max_tokens, lengths=count_tokens)
 
 
-def test_tokens_lengths_that_is_no_function_is_refused():
-    with pytest.raises(ArgumentError, match="lengths"):
-        Tokens(4, lengths=[1, 2, 3])  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize("lengths", [[1, 2, 3], torch.ones(3), "ids", 4, None], ids=str)
+def test_tokens_lengths_that_is_no_function_is_refused(lengths):
+    with pytest.raises(ArgumentError, match=r"Tokens\.lengths: given .*expected a function"):
+        Tokens(4, lengths=lengths)
+
+
+@pytest.mark.parametrize("trim", [True, 4, "right", [4], False, 0, "", []], ids=repr)
+def test_tokens_trim_that_is_no_function_is_refused(trim):
+    with pytest.raises(ArgumentError, match=r"Tokens\.trim: given .*expected a function"):
+        Tokens(4, lengths=count_tokens, trim=trim)
 
 
 def test_tokens_batch_that_disagrees_is_refused():

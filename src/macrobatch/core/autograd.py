@@ -13,7 +13,7 @@ from macrobatch.errors import GradientError
 
 __all__ = ["accepts_wider", "accumulation_dtype", "backward", "refuse_sparse", "set_gradient"]
 
-_ENGINE = torch.autograd.Variable._execution_engine
+_ENGINE = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 
 

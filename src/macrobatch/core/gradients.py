@@ -290,7 +290,8 @@ def _aligned(size: int) -> int:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    # to_local() would make a new tensor, whose version counter nobody else moves.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # pyright: ignore[reportPrivateUsage]
 
 
 def _shards(param: Tensor) -> tuple[dist.ProcessGroup, ...]:

@@ -98,7 +98,7 @@ def _checked_weight(weight: object) -> Weight:
         )
     if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
         return weight
-    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight <= sys.float_info.max:
+    if isinstance(weight, Real) and not isinstance(weight, bool) and 0 <= weight <= sys.float_info.max:  # pyright: ignore[reportOperatorIssue]
         return float(weight)
     raise LossError(
         "the weight of a Loss",

@@ -57,9 +57,11 @@ class Snapshot:
         with torch.no_grad():
             for module, name, buffer, saved in self._buffers:
                 # One that did not change is left alone: a graph may still need it, and not every tensor can be written.
-                if buffer is not None and buffer.shape != saved.shape:
-                    buffer.set_(saved)
-                elif buffer is not None and not torch.equal(buffer, saved):
+                if buffer is None or saved is None:
+                    pass
+                elif buffer.shape != saved.shape:
+                    buffer.set_(saved)  # pyright: ignore[reportArgumentType]
+                elif not torch.equal(buffer, saved):
                     buffer.copy_(saved)
                 setattr(module, name, buffer)
 

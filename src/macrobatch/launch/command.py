@@ -129,7 +129,8 @@ def run(script: str, arguments: Sequence[str], options: Options) -> Outcome:
     Returns:
         The exit code of the rank that failed first; 128 + N if that was signal N.
     """
-    parsed = torchrun.parse_args([*options.arguments(), script, *arguments])
+    parsed = torchrun.parse_args([*options.arguments(), script])
+    parsed.training_script_args = list(arguments)  # torchrun's parser trips over some that resemble its own
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, env.num_cores() // int(parsed.nproc_per_node))))
     try:
         torchrun.run(parsed)

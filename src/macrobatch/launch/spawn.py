@@ -160,15 +160,15 @@ def _loaded(folder: Path, rank: int) -> Any:
 def _failure(error: ProcessException, job: _Job, folder: Path) -> PeerError:
     """The failure that came first: the others mostly are its consequences."""
     errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-    if errors and (folder / f"{error.error_index}.error").exists():
+    rank, given, shown = str(error.error_index), error.msg, ""  # it died without a word,
+    if (folder / f"{rank}.error").exists():  # ... or it did not
         rank, text = errors[0].stem, errors[0].read_text(encoding="utf-8").strip()
-    else:
-        rank, text = str(error.error_index), error.msg  # it died without a word
+        given, shown = text.splitlines()[-1], f":\n\n{text}\n"
     return PeerError(
         f"rank {rank} of {job.num_processes}",
-        given=f"\n\n{text}\n\n",
-        expected="every rank to return",
-        fix="look at this error; the other ranks were ended",
+        given=given,
+        expected="every rank to return; the others were ended",
+        fix=f"look at what happened there{shown}",
     )
 
 

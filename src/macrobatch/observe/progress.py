@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -68,7 +68,7 @@ def track(
         raise ArgumentError("refresh_s", given=refresh_s, expected="a number > 0, in seconds", fix="pass 0.5")
     if step is not None and not hasattr(step, "listeners"):
         raise ArgumentError("step", given=type(step).__name__, expected="a TrainStep or None", fix="pass the TrainStep")
-    options.setdefault("total", len(loader) if isinstance(loader, Sized) else None)
+    options.setdefault("total", _length(loader))
     return _tracked(loader, step, _Meter(step, unit, refresh_s), tqdm(desc=desc, unit="window", **options))
 
 
@@ -138,10 +138,18 @@ class _Meter:
         self._unread.clear()
 
 
+def _length(loader: object) -> int | None:
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:  # a DataLoader has a __len__ that raises where its dataset has none
+        return None
+
+
 def _short(value: float) -> str:
     for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000 or prefix == "T":
-            return f"{value:.3g}{prefix}"
+        text = f"{value:.3g}"
+        if float(text) < 1000 or prefix == "T":
+            return text + prefix
         value /= 1000
     raise AssertionError
 

@@ -74,7 +74,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         _check_size("Tokens.max_tokens", self.max_tokens, "tokens in a micro-batch")
-        for name, function in (("lengths", self.lengths), ("trim", self.trim or self.lengths)):
+        for name, function in (("lengths", self.lengths), ("trim", self.lengths if self.trim is None else self.trim)):
             if not callable(function):
                 raise ArgumentError(
                     f"Tokens.{name}", given=function, expected="a function of a batch", fix="see its documentation"

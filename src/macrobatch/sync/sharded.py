@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
@@ -68,8 +68,8 @@ class ShardedSync(Sync):
     weight zero. An error on one rank cannot be told to the others; they end when the process group times out.
 
     Args:
-        policy: what to hold between micro-batches; None chooses the fastest that fits, from the memory that the first
-            window left free.
+        policy: what to hold between micro-batches; None chooses the fastest that fits, from the memory that the second
+            window, with the optimizer's state in place, left free.
         memory_limit_bytes: what may be used per rank; None means the device's memory, less a tenth.
         group: the ranks over which the macro-batch is spread; all of them by default.
     """
@@ -84,7 +84,7 @@ class ShardedSync(Sync):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.policy = _LEANEST if policy is None else policy
-        self._is_chosen = policy is not None
+        self._num_lean = None if policy is not None else 0
         self._limit = memory_limit_bytes
         self._group = group
         self._modules: list[FSDPModule] = []
@@ -112,6 +112,7 @@ class ShardedSync(Sync):
             module.set_gradient_divide_factor(1.0)
             if device.type == "cpu":  # gloo cannot multiply while it sums
                 module.set_force_sum_reduction_for_comms(True)
+        self._keep()
         if self.policy.reduce_last and self._reduces_in_16_bits():
             raise ArgumentError(
                 "policy",
@@ -141,19 +142,24 @@ class ShardedSync(Sync):
         assert self._peers is not None
         super().close(gradients, tally)
         self._peers.add_up(gradients, tally)
-        if not self._is_chosen:
-            self._choose(gradients.slots)
+        if self._num_lean is not None:
+            self._num_lean += 1
+            if self._num_lean == 2:
+                self._choose(gradients.slots)
 
     def _choose(self, slots: list[Slot]) -> None:
-        """After the first window, run leanly: the fastest policy that fits into what it left free, on every rank."""
+        """After two lean windows: the fastest policy that fits into what they left free, on every rank."""
         assert self._peers is not None
-        self._is_chosen = True
-        parameter_bytes = sum(slot.param.numel() * slot.param.element_size() for slot in slots)
+        self._num_lean = None
+        computed_in = [policy.param_dtype for policy in self._precisions() if policy.param_dtype is not None]
+        itemsize = max((dtype.itemsize for dtype in computed_in), default=slots[0].param.element_size())
+        parameter_bytes = sum(slot.param.numel() * itemsize for slot in slots)
         gradient_bytes = sum(slot.param.numel() * 4 for slot in slots)
         (headroom,) = self._peers.summed([self._headroom()], dist.ReduceOp.MIN)
         options = [option for option in _BY_SPEED if not (option.reduce_last and self._reduces_in_16_bits())]
         fitting = [o for o in options if o.extra_bytes(parameter_bytes, gradient_bytes) <= headroom]
         self.policy = fitting[0] if fitting else _LEANEST
+        self._keep()
         _LOG.info(
             "sharded: parameters %s, gradients reduced %s: %.2f GB more than the leanest, %.2f GB were free",
             "kept" if self.policy.keep_parameters else "resharded",
@@ -161,6 +167,12 @@ class ShardedSync(Sync):
             self.policy.extra_bytes(parameter_bytes, gradient_bytes) / 1e9,
             headroom / 1e9,
         )
+
+    def _keep(self) -> None:
+        """Kept parameters stay whole between forward and backward, too; otherwise, what the user chose there stands."""
+        if self.policy.keep_parameters:
+            for module in self._modules:
+                module.set_reshard_after_forward(False, recurse=False)
 
     def _headroom(self) -> float:
         assert self._peers is not None
@@ -171,9 +183,11 @@ class ShardedSync(Sync):
         return float(limit - torch.cuda.max_memory_allocated(device))
 
     def _reduces_in_16_bits(self) -> bool:
-        policies = [module._get_fsdp_state()._mp_policy for module in self._modules]
         return any(
             policy.reduce_dtype in (torch.bfloat16, torch.float16)
             or (policy.reduce_dtype is None and policy.param_dtype in (torch.bfloat16, torch.float16))
-            for policy in policies
+            for policy in self._precisions()
         )
+
+    def _precisions(self) -> list[MixedPrecisionPolicy]:
+        return [module._get_fsdp_state()._mp_policy for module in self._modules]  # pyright: ignore[reportPrivateUsage]

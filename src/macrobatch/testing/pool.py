@@ -9,12 +9,13 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
-import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -82,7 +83,7 @@ class RankPool:
             for pipe in ready:
                 rank = waiting.pop(pipe)  # pyright: ignore[reportArgumentType]
                 try:
-                    outcomes[rank] = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                    outcomes[rank] = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
                 except EOFError:
                     outcomes[rank] = (False, "the process died")
         if not all(ok for ok, _ in outcomes):
@@ -104,17 +105,17 @@ class RankPool:
     def _open(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed.fsdp", "macrobatch"])
-        port = _free_port()
+        meeting = Path(tempfile.mkdtemp(prefix="macrobatch-")) / "ranks"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            args = (rank, self.world_size, port, self._timeout_s, self._backend, theirs)
+            args = (rank, self.world_size, meeting, self._timeout_s, self._backend, theirs)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
 
 
-def _serve(rank: int, world_size: int, port: int, timeout_s: float, backend: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
@@ -123,7 +124,7 @@ def _serve(rank: int, world_size: int, port: int, timeout_s: float, backend: str
         torch.cuda.set_device(rank)
     dist.init_process_group(
         backend,
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=meeting.as_uri(),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s / 2),
@@ -150,9 +151,3 @@ def _loaded(path: str, modules: dict[str, ModuleType]) -> ModuleType:
         sys.modules[spec.name] = modules[path]
         spec.loader.exec_module(modules[path])
     return modules[path]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
