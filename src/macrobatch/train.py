@@ -48,7 +48,9 @@ class TrainStep:
 
     If anything fails before the optimizer moves (an error in `loss_fn`, a NaN), model, optimizer, scheduler, module
     buffers and default random number generators are as they were before the call, and gradients are None.
-    After a call, each parameter's `.grad` holds the gradient that the optimizer saw, until the next call.
+    After a call, each parameter's `.grad` holds the gradient that the optimizer saw, until the next call. To go on with
+    a loop of your own, call `step.gradients.release()` first: 16-bit parameters then get gradients of their own dtype
+    again. Inside a call, leave gradients alone: a `zero_grad()` there is refused, or, in place, undoes the window.
 
     Args:
         model: module to train. It is used as it is, not wrapped.

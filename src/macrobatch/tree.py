@@ -137,7 +137,7 @@ def cat(batches: Sequence[T]) -> T:
 def map_tensors(function: Callable[[Tensor], Any], batch: T) -> T:
     """Apply a function to every tensor of a batch and rebuild it."""
     values, rebuild = _flatten(batch)
-    return rebuild([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in values])
+    return rebuild([_mapped(function, leaf) for leaf in values])
 
 
 def to_device(batch: T, device: torch.device) -> T:
@@ -146,7 +146,7 @@ def to_device(batch: T, device: torch.device) -> T:
     From host memory to an accelerator the copy is pinned and non-blocking, so that it overlaps with the work queued
     there (https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html).
     """
-    if device.type == "cpu" or all(leaf.device == device for leaf in leaves(batch) if isinstance(leaf, Tensor)):
+    if device.type == "cpu" or all(_is_on(device, leaf) for leaf in leaves(batch)):
         return batch
 
     def move(tensor: Tensor) -> Tensor:
@@ -235,6 +235,20 @@ def _flatten(tree: Any) -> tuple[list[Any], Rebuild]:
         return _rebuilt(tree, keys, [make(group) for (_, make), group in zip(flat, groups, strict=True)])
 
     return [leaf for values, _ in flat for leaf in values], rebuild
+
+
+def _mapped(function: Callable[[Tensor], Any], leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return function(leaf)
+    if isinstance(leaf, list | tuple) and any(isinstance(item, Tensor | list | tuple) for item in leaf):
+        return type(leaf)(_mapped(function, item) for item in leaf)
+    return leaf
+
+
+def _is_on(device: torch.device, leaf: Any) -> bool:
+    if isinstance(leaf, list | tuple):
+        return all(_is_on(device, item) for item in leaf)
+    return not isinstance(leaf, Tensor) or leaf.device == device
 
 
 def _structure(tree: Any) -> tuple[Any, ...]:

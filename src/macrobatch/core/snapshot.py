@@ -60,7 +60,7 @@ class Snapshot:
                 if buffer is None or saved is None:
                     pass
                 elif buffer.shape != saved.shape:
-                    buffer.set_(saved)  # pyright: ignore[reportArgumentType]
+                    buffer.set_(saved.clone())  # pyright: ignore[reportArgumentType]
                 elif not torch.equal(buffer, saved):
                     buffer.copy_(saved)
                 setattr(module, name, buffer)

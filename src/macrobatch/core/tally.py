@@ -110,8 +110,9 @@ class Tally:
         seeds: list[Tensor] = []
         for name, (tensor, factor, weight) in parts.items():
             term = self.terms[name]
-            # A loss that is a parameter would change with it before anybody reads it.
-            term.tensors.append(tensor.detach() if tensor.grad_fn is not None else tensor.detach().clone())
+            # A loss that is a parameter, or a view of one, would change with it before anybody reads it.
+            shares = tensor.grad_fn is None or tensor._is_view()
+            term.tensors.append(tensor.detach().clone() if shares else tensor.detach())
             term.factors.append(factor)
             term.weights.append(weight)
             if tensor.requires_grad:
@@ -346,7 +347,11 @@ def _checksum(names: Iterable[str]) -> float:
 
 
 def _check_promise(name: str, expected: Weight, seen: Weight) -> None:
-    if isinstance(seen, Tensor) or math.isclose(expected, seen, rel_tol=1e-6):
+    if isinstance(seen, Tensor):
+        return
+    expected = float(expected)
+    are_counts = expected.is_integer() and seen == int(seen)
+    if expected == seen or (not are_counts and math.isclose(expected, seen, rel_tol=1e-6)):
         return
     raise LossError(
         f"the weight of the term {name!r}",

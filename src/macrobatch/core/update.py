@@ -89,13 +89,7 @@ class Update:
         if not any(weight for _, weight in terms.values()):
             return Verdict(0.0, "no weight")
         _check_weights({name: weight for name, (_, weight) in terms.items()})
-        if not any(slot.used for slot in gradients.slots):
-            raise LossError(
-                "the loss",
-                given="one that none of the trained parameters takes part in",
-                expected="a loss that depends on the model given to the step and on its optimizer's parameters",
-                fix="compute it from the model that loss_fn gets, and build the optimizer from that model",
-            )
+        _check_used(gradients)
         if self.nonfinite != "ignore" and not all(math.isfinite(loss) for loss, _ in terms.values()):
             return self._refused(tally, "loss")
         correction = float(tally.correction({name: weight for name, (_, weight) in terms.items()}))
@@ -129,6 +123,7 @@ class Update:
         weights = tally.weights()
         if all(not isinstance(weight, Tensor) and not weight for weight in weights.values()):
             return Verdict(0.0, "no weight")
+        _check_used(gradients)
         self.precision.unscale(self.optimizers)
         factor = tally.correction(weights)
         norm = gradients.norm()
@@ -163,6 +158,16 @@ class Update:
 def _demands_closure(kind: type[Optimizer]) -> bool:
     closure = inspect.signature(kind.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _check_used(gradients: GradientBuffer) -> None:
+    if not any(slot.used for slot in gradients.slots):
+        raise LossError(
+            "the loss",
+            given="one that none of the trained parameters takes part in",
+            expected="a loss that depends on the model given to the step and on its optimizer's parameters",
+            fix="compute it from the model that loss_fn gets, and build the optimizer from that model",
+        )
 
 
 def _check_weights(weights: Mapping[str, float]) -> None:

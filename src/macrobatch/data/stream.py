@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from macrobatch.core.window import Tail
-from macrobatch.data.randomness import apart, seed_of
+from macrobatch.data.randomness import apart
 from macrobatch.data.source import Piece, check_windows, num_batches, tell_epoch
 from macrobatch.data.windows import check_count, check_tail
 from macrobatch.errors import ArgumentError
@@ -101,18 +100,16 @@ class Stream:
         # A worker is started anew for every pass, so that it sees the epoch that was set.
         order = self._order._replace(ranks=ranks, first=first, size=size)
         reader = _Reader(self._dataset, order, self._collate_fn)
-        loader = self._loader(reader, generator=torch.Generator().manual_seed(seed_of(self._seed, epoch)))
         num_windows = 0
-        for item in apart(loader, self._seed, epoch):
+        for item in apart(self._loader(reader), self._seed, epoch):  # a worker's seed is drawn in here, too
             if isinstance(item, _End):
                 num_windows = item.num_windows
             else:
                 yield item
         check_windows(epoch, first, num_windows)
 
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
-        passed: dict[str, Any] = {**options, **self._options}
-        return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **passed)
+    def _loader(self, dataset: Any) -> DataLoader[Any]:
+        return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **self._options)
 
 
 class _Reader(IterableDataset[Any]):
