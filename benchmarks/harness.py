@@ -1,22 +1,27 @@
-"""Paired timing: all contenders in one process, in turns, as ratios to the first of them."""
+"""What benchmarks share: paired timing (all contenders in one process, in turns), tables, results on disk."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "paired", "save", "table"]
+__all__ = ["Panels", "Quartiles", "Row", "grid", "machine", "paired", "quartiles", "save", "table"]
 
 Row = dict[str, Any]
+Quartiles = tuple[float, float, float]
+Panels = Mapping[str, Mapping[str, Quartiles]]
+"""What a picture shows: for each axis label, the bars by name."""
 
 
 def paired(
@@ -28,10 +33,12 @@ def paired(
     both sides alike; the medians and quartiles are over rounds.
 
     Returns:
-        One row per contender: median and quartiles of microseconds per unit and of the ratio to the first contender.
+        One row per contender: median and quartiles of microseconds per unit and of the ratio to the first contender;
+        the same of processor time, of all threads: other work on the machine touches it less, but waiting is not in it.
     """
     names = list(contenders)
     times_s: dict[str, list[float]] = {name: [] for name in names}
+    cpu_s: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         for _ in range(warmup):
             contenders[name]()
@@ -39,17 +46,27 @@ def paired(
     for _ in range(rounds):
         for name in shuffle.sample(names, len(names)):
             _wait()
-            began_s = time.perf_counter()
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 contenders[name]()
             _wait()
             times_s[name].append((time.perf_counter() - began_s) / (calls * unit_per_call))
-    first = times_s[names[0]]
+            cpu_s[name].append((time.process_time() - began_cpu_s) / (calls * unit_per_call))
     rows: list[Row] = []
     for name in names:
-        ratios = [mine / base for mine, base in zip(times_s[name], first, strict=True)]
-        rows.append({"name": name, "us": _quartiles([t * 1e6 for t in times_s[name]]), "ratio": _quartiles(ratios)})
+        row: Row = {"name": name}
+        for prefix, taken_s in (("", times_s), ("cpu_", cpu_s)):
+            ratios = [mine / base for mine, base in zip(taken_s[name], taken_s[names[0]], strict=True)]
+            row[f"{prefix}us"] = quartiles([t * 1e6 for t in taken_s[name]])
+            row[f"{prefix}ratio"] = quartiles(ratios)
+        rows.append(row)
     return rows
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Lower quartile, median and upper quartile of at least two values."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return round(low, 4), round(middle, 4), round(high, 4)
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
@@ -65,6 +82,17 @@ def table(title: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts as a table: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        rest = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([f"{cells[0]:{widths[0]}}", *rest])
+
+    return "\n".join([title, line(header), *map(line, rows)])
+
+
 def machine() -> dict[str, Any]:
     """Hardware and versions, to be stored with every result."""
     packages = {name: _version(name) for name in ("torch", "macrobatch", "accelerate", "lightning", "transformers")}
@@ -72,18 +100,29 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "processor": _processor(),
+        "num_processors": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu,
+        "num_gpus": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
         "packages": packages,
     }
 
 
-def save(name: str, results: Mapping[str, Any], folder: Path | None = None) -> Path:
-    """Write results with the machine they come from to `benchmarks/results/NAME.json`, or to another folder."""
+def save(
+    name: str, results: Mapping[str, Any], folder: Path | None = None, *, title: str = "", panels: Panels | None = None
+) -> Path:
+    """Write results with the machine they come from to `benchmarks/results/NAME.json`, or to another folder.
+
+    Args:
+        panels: draw them, side by side, in `NAME.png` beside it, if matplotlib is installed.
+    """
     folder = folder or Path(__file__).parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    if panels and find_spec("matplotlib"):
+        _draw(path.with_suffix(".png"), title, panels)
     return path
 
 
@@ -94,9 +133,32 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return round(low, 4), round(middle, 4), round(high, 4)
+def _draw(path: Path, title: str, panels: Panels) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for bars in panels.values() for name in bars))
+    figure = Figure(figsize=(4 + 4 * len(panels), 1.2 + 0.3 * len(names)), layout="constrained")
+    figure.suptitle(title)
+    every_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, bars) in zip(every_axes, panels.items(), strict=True):
+        places = [names.index(name) for name in bars]
+        medians = [middle for _, middle, _ in bars.values()]
+        reach = [
+            [middle - low for low, middle, _ in bars.values()],
+            [high - middle for _, middle, high in bars.values()],
+        ]
+        colors = ["tab:blue" if _is_ours(name) else "tab:gray" for name in bars]
+        drawn = axes.barh(places, medians, xerr=reach, color=colors, ecolor="black")
+        axes.bar_label(drawn, fmt="%.4g", padding=4)
+        axes.margins(x=0.15)
+        axes.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+        axes.spines[["top", "right"]].set_visible(False)
+    every_axes[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(("macrobatch", "TrainStep"))
 
 
 def _wait() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def assert_unchanged(model: nn.Module, *rest: Any) -> Iterator[None]:
+def assert_unchanged(model: nn.Module, *rest: Any) -> Generator[None]:
     """Nothing has moved when the block is left."""
     before = trace(model, *rest)
     yield
@@ -126,7 +126,7 @@ def assert_unchanged(model: nn.Module, *rest: Any) -> Iterator[None]:
 
 
 @contextmanager
-def refused(kind: type[MacrobatchError], *given: str) -> Iterator[None]:
+def refused(kind: type[MacrobatchError], *given: str) -> Generator[None]:
     """The block raises exactly this class, and its message has all three parts."""
     with pytest.raises(MacrobatchError) as caught:
         yield
@@ -140,7 +140,7 @@ def refused(kind: type[MacrobatchError], *given: str) -> Iterator[None]:
 
 
 @contextmanager
-def refused_call(setup: Setup, kind: type[MacrobatchError], *given: str) -> Iterator[None]:
+def refused_call(setup: Setup, kind: type[MacrobatchError], *given: str) -> Generator[None]:
     """A call is refused, nothing has changed, and the next call with good input works."""
     with assert_unchanged(setup.model, setup.optimizer, setup.scheduler, setup.step), refused(kind, *given):
         yield
@@ -192,9 +192,9 @@ def test_option_that_is_no_count_is_refused(make, name, value):
 
 
 def test_micro_batch_auto_is_not_there_yet():
-    model = Net()
+    model, auto = Net(), cast(Any, "auto")
     with refused(NotYetError, "micro_batch"):
-        mb.TrainStep(model, SGD(model.parameters(), lr=0.1), classes, micro_batch="auto")
+        mb.TrainStep(model, SGD(model.parameters(), lr=0.1), classes, micro_batch=auto)
 
 
 @pytest.mark.parametrize("model", [None, classes, Net, "net", {}], ids=lambda value: str(value)[:20])
@@ -269,7 +269,7 @@ def test_loss_of_another_model_is_refused_without_a_trace(nonfinite):
 def test_optimizer_as_scheduler_is_refused():
     """It has a step(), and would be stepped twice."""
     model = Net()
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer: Any = SGD(model.parameters(), lr=0.1)
     with refused(ArgumentError, "scheduler"):
         mb.TrainStep(model, optimizer, classes, micro_batch=3, scheduler=optimizer)
 
@@ -389,7 +389,7 @@ BAD_LOSSES: dict[str, tuple[type[MacrobatchError], Callable[[Any, Any], Any]]] =
     "NaN": (NonFiniteError, lambda m, b: classes(m, b) * NAN),
     "infinite": (NonFiniteError, lambda m, b: classes(m, b) * INF),
     "NaN sum": (NonFiniteError, lambda m, b: mb.Loss(classes(m, b) * NAN, 3)),
-    "total a float": (LossError, lambda m, b: mb.Loss(1.0, 3)),
+    "total a float": (LossError, lambda m, b: mb.Loss(cast(Any, 1.0), 3)),
     "total a vector": (LossError, lambda m, b: mb.Loss(logits(m, b).mean(1), 3)),
     "total complex": (LossError, lambda m, b: mb.Loss(torch.complex(classes(m, b), classes(m, b)), 3)),
     "total without grad": (LossError, lambda m, b: mb.Loss(classes(m, b).detach(), 3)),
@@ -464,8 +464,8 @@ def test_nonfinite_gradient_of_a_finite_loss_is_refused_without_a_trace(name, in
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            return gradient * (NAN if name == "NaN" else INF)
+        def backward(ctx: Any, *gradients: Any) -> Tensor:
+            return gradients[0] * (NAN if name == "NaN" else INF)
 
     setup.loss_fn[0] = from_micro_batch(index, lambda m, b: classes(lambda x: Spoil.apply(m(x)), b), classes)
     with refused_call(setup, NonFiniteError, "gradient"):
@@ -568,7 +568,7 @@ def test_step_where_gradients_are_switched_off_is_refused_and_works_afterwards(g
 @pytest.mark.parametrize("name", ["NaN", "vector", "None", "raises"])
 def test_accumulate_bad_loss_is_refused_and_gradients_are_as_before(name, trained, dtype):
     torch.manual_seed(0)
-    model = Net().to(dtype)
+    model: Any = Net().to(dtype)
     batch = (torch.randn(8, 6, dtype=dtype), torch.randint(0, 3, (8,)))
     if trained:
         mb.TrainStep(model, SGD(model.parameters(), lr=0.0), classes, micro_batch=3)(batch)
@@ -667,7 +667,7 @@ def test_load_state_dict_of_a_garbage_loss_scale_is_refused_without_a_trace(name
 
 # --- the tests' own helper ---
 
-CHANGES: dict[str, Callable[[Setup], object]] = {
+CHANGES: dict[str, Callable[[Any], object]] = {
     "model": lambda s: s.model.layers[0].weight.data.add_(1e-6),
     "modes": lambda s: s.model.eval(),
     "trained": lambda s: s.model.requires_grad_(False),

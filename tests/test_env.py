@@ -7,8 +7,6 @@ import torch
 
 import macrobatch as mb
 from macrobatch import env
-from macrobatch.errors import ArgumentError
-from macrobatch.ranks import Ranks
 
 
 @pytest.mark.parametrize(
@@ -39,63 +37,31 @@ def test_debug_follows_the_process_environment(monkeypatch):
     assert env.debug() is True
 
 
-@pytest.mark.parametrize("environ", [{}, {"PATH": "/bin"}, {"LOCAL_RANK": "3"}, {"LOCAL_WORLD_SIZE": "2"}], ids=str)
-def test_ranks_without_torchrun_is_alone(environ):
-    assert env.ranks(environ) == Ranks()
-
-
-def test_ranks_reads_what_torchrun_sets():
-    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "29500"}
-    assert env.ranks(environ) == Ranks(rank=5, world_size=8, local_rank=1, local_world_size=4)
-
-
-def test_ranks_without_local_numbers_means_one_machine():
-    assert env.ranks({"RANK": "2", "WORLD_SIZE": "3"}) == Ranks(rank=2, world_size=3, local_rank=2, local_world_size=3)
-
-
-def test_ranks_follows_the_process_environment(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert env.ranks() == Ranks()
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert env.ranks().rank == 1
-
-
 @pytest.mark.parametrize(
-    "environ",
+    ("pinned", "siblings", "quota", "expected"),
     [
-        {"RANK": "0"},
-        {"WORLD_SIZE": "2"},
-        {"RANK": "zero", "WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": ""},
-        {"RANK": "0", "WORLD_SIZE": "1.0"},
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"},
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "a"},
+        (8, "{0}", "", 8),  # no hyper-threads
+        (8, "{pair}", "max 100000", 4),  # two threads a core
+        (8, "{pair}", "250000 100000", 3),  # a container with two and a half processors
+        (8, "", "1000000 100000", 8),  # /sys does not tell; the container has more than the machine
+        (1, "{pair}", "50000 100000", 1),
     ],
-    ids=str,
 )
-def test_ranks_incomplete_or_no_numbers_is_refused_showing_them(environ):
-    with pytest.raises(
-        ArgumentError, match=r"environment: given .*RANK and WORLD_SIZE as integers.*torchrun"
-    ) as caught:
-        env.ranks(environ | {"HOME": "/root"})
-    assert caught.value.given == environ  # nothing else of the environment is shown
+def test_num_cores_counts_neither_hyper_threads_nor_what_is_not_its_own(monkeypatch, pinned, siblings, quota, expected):
+    def read(path: str) -> str:
+        if path == "/sys/fs/cgroup/cpu.max":
+            return quota
+        index = int(path.removeprefix("/sys/devices/system/cpu/cpu").partition("/")[0])
+        return siblings.format(index, pair=f"{index % 4},{index % 4 + 4}")
+
+    monkeypatch.setattr(env, "_read", read)
+    monkeypatch.setattr(env.os, "sched_getaffinity", lambda _: range(pinned), raising=False)
+    assert env.num_cores() == expected
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {"RANK": "2", "WORLD_SIZE": "2"},
-        {"RANK": "-1", "WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "0"},
-        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
-    ],
-    ids=str,
-)
-def test_ranks_that_do_not_fit_together_are_refused(environ):
-    with pytest.raises(ArgumentError, match="0 <= rank < world_size"):
-        env.ranks(environ)
+def test_num_cores_where_nothing_is_pinned(monkeypatch):
+    monkeypatch.delattr(env.os, "sched_getaffinity", raising=False)
+    assert 1 <= env.num_cores() <= (env.os.cpu_count() or 1)
 
 
 def test_description_names_versions_and_devices():

@@ -18,8 +18,6 @@ from rich.table import Table
 
 from macrobatch import env
 from macrobatch.errors import ArgumentError, MacrobatchError
-from macrobatch.launch import Options
-from macrobatch.launch import run as run_script
 from macrobatch.verify import verify as verify_gradient
 
 __all__ = ["main"]
@@ -100,8 +98,10 @@ def launch(
 
     The exit code is that of the rank that failed first.
     """
+    from macrobatch.launch.command import Options, run
+
     options = Options(nproc=nproc, nnodes=nnodes, node_rank=node_rank, rdzv=rdzv, module=module)
-    exit_code, failure = run_script(script, args or [], options)
+    exit_code, failure = run(script, args or [], options)
     if failure is not None:
         typer.secho(f"error: {failure}", fg="red", err=True)
     raise typer.Exit(exit_code)

@@ -7,16 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch import tree
+from macrobatch.arguments import (
+    check_callables,
+    checked_listeners,
+    checked_optimizers,
+    checked_schedulers,
+    parameters,
+)
 from macrobatch.core.autograd import refuse_sparse, set_gradient
 from macrobatch.core.events import Listener
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.loss import Loss, Weight
+from macrobatch.core.loss import Loss, Weight, checked_counts
 from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
 from macrobatch.core.step import LossFn, MicroBatch, Step
@@ -47,7 +53,7 @@ class TrainStep:
     ```
 
     If anything fails before the optimizer moves (an error in `loss_fn`, a NaN), model, optimizer, scheduler, module
-    buffers and default random number generators are as they were before the call, and gradients are None.
+    buffers and torch's default generators are as they were before the call, and gradients are None.
     After a call, each parameter's `.grad` holds the gradient that the optimizer saw, until the next call. To go on with
     a loop of your own, call `step.gradients.release()` first: 16-bit parameters then get gradients of their own dtype
     again. Inside a call, leave gradients alone: a `zero_grad()` there is refused, or, in place, undoes the window.
@@ -110,11 +116,11 @@ class TrainStep:
         sync: str | Sync = "auto",
         global_batch: int | None = None,
     ) -> None:
-        _check_callables(model, loss_fn, count)
+        check_callables(model, loss_fn, count)
         self.split = make_split(micro_batch)
-        self.optimizers = _checked_optimizers(optimizer, model)
-        self.schedulers = _checked_schedulers(scheduler)
-        device = _parameters(self.optimizers)[0].device
+        self.optimizers = checked_optimizers(optimizer, model)
+        self.schedulers = checked_schedulers(scheduler)
+        device = parameters(self.optimizers)[0].device
         if sparse_grad not in ("refuse", "densify"):
             raise ArgumentError(
                 "sparse_grad", given=sparse_grad, expected='"refuse" or "densify"', fix="leave it at its default"
@@ -133,7 +139,7 @@ class TrainStep:
             model,
             loss_fn,
             gradients=GradientBuffer(
-                lambda: _parameters(self.optimizers), header=strategy.header, widens=strategy.widens
+                lambda: parameters(self.optimizers), header=strategy.header, widens=strategy.widens
             ),
             update=Update(
                 optimizers=self.optimizers,
@@ -148,7 +154,7 @@ class TrainStep:
             device=device,
             sync=strategy,
         )
-        self._step.listeners += _checked_listeners(listeners)
+        self._step.listeners += checked_listeners(listeners)
 
     @property
     def num_updates(self) -> int:
@@ -182,7 +188,7 @@ class TrainStep:
         """
         try:
             micro_batches = [] if batch is None else self.split.split(batch)
-            expected = None if self._count is None else {} if batch is None else self._count(batch)
+            expected = self._counted(batch)
         except Exception:
             self._step.fail(counted=self._count is not None)
             raise
@@ -207,7 +213,11 @@ class TrainStep:
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
         if not isinstance(micro_batches, Sequence) and not self._step.sync.has_peers:
             return self._run(counted, Plan(None, 1, expected))
-        counted = list(counted)
+        try:
+            counted = list(counted)
+        except Exception:
+            self._step.fail(counted=expected is not None)
+            raise
         return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -262,6 +272,16 @@ class TrainStep:
         self._window.load_state_dict(state["window"])
         self._window.discard()  # a window that was under way when the state was saved begins anew
 
+    def _counted(self, batch: Any) -> Mapping[str, Weight] | None:
+        if self._count is None:
+            return None
+        if batch is None:
+            return {}
+        counts = checked_counts(self._count(batch))
+        if counts is None:
+            raise LossError("what count returned", given="None", expected="a weight for each term", fix="return it")
+        return counts
+
     def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         if torch.is_inference_mode_enabled():
             raise LossError(
@@ -305,7 +325,7 @@ def accumulate(
     held = [(param, param.grad) for param in model.parameters() if param.requires_grad]
     buffer = GradientBuffer(lambda: [param for param, _ in held])
     micro_batches = make_split(micro_batch).split(batch)
-    _check_callables(model, loss_fn, count)
+    check_callables(model, loss_fn, count)
     if not held:
         raise ArgumentError("model", given="no parameter that requires grad", expected="one", fix="unfreeze a part")
     step = Step(
@@ -334,94 +354,3 @@ def accumulate(
     terms = list(tally.read().values())
     total, weight = (terms[0][0] * terms[0][1], terms[0][1]) if len(terms) == 1 else (sum(m for m, _ in terms), 1.0)
     return Loss(torch.tensor(total, dtype=torch.float64), weight)
-
-
-def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
-
-
-def _check_callables(model: object, loss_fn: object, count: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError("model", given=type(model).__name__, expected="an nn.Module", fix="pass the model itself")
-    if not callable(loss_fn) or isinstance(loss_fn, nn.Module):
-        raise ArgumentError(
-            "loss_fn",
-            given=type(loss_fn).__name__,
-            expected="a function loss_fn(model, micro_batch)",
-            fix="write def loss_fn(model, batch): return criterion(model(batch[0]), batch[1])",
-        )
-    if count is not None and not callable(count):
-        raise ArgumentError(
-            "count", given=count, expected="a function count(batch) or None", fix="pass a function of the macro-batch"
-        )
-
-
-def _checked_optimizers(optimizer: object, model: nn.Module) -> tuple[Optimizer, ...]:
-    optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-        raise ArgumentError(
-            "optimizer",
-            given=[type(each).__name__ for each in optimizers],
-            expected="a torch.optim.Optimizer, or a list of them",
-            fix="pass torch.optim.AdamW(model.parameters())",
-        )
-    params = _parameters(optimizers)
-    if any(map(is_lazy, params)):
-        raise ArgumentError(
-            "optimizer",
-            given="a parameter of a lazy module that has no shape yet",
-            expected="parameters with shapes",
-            fix="run the model on one batch before building the optimizer",
-        )
-    if not any(param.requires_grad for param in params):
-        raise ArgumentError(
-            "optimizer",
-            given=f"{len(params)} parameters, none of which requires grad",
-            expected="at least one parameter to train",
-            fix="build it from the parameters that are to be trained",
-        )
-    of_model = {id(param) for param in model.parameters()}
-    if of_model and not any(id(param) in of_model for param in params):
-        raise ArgumentError(
-            "optimizer",
-            given="one without any of the model's parameters",
-            expected="an optimizer of this model",
-            fix="build it from model.parameters(), after wrapping, moving or sharding the model",
-        )
-    if len({id(param) for param in params}) < len(params):
-        raise ArgumentError(
-            "optimizer",
-            given="a parameter that is in it twice, or in two optimizers",
-            expected="every parameter to be updated once",
-            fix="give each parameter to one group of one optimizer",
-        )
-    return optimizers
-
-
-def _checked_listeners(listeners: object) -> list[Listener]:
-    if isinstance(listeners, Iterable) and not isinstance(listeners, str):
-        found: list[Any] = list(listeners)
-        if all(map(callable, found)):
-            return found
-    raise ArgumentError(
-        "listeners", given=repr(listeners), expected="a list of functions of an event", fix="pass listeners=[listener]"
-    )
-
-
-def _checked_schedulers(scheduler: object) -> tuple[LRScheduler, ...]:
-    if scheduler is None:
-        return ()
-    schedulers: tuple[Any, ...] = tuple(scheduler) if isinstance(scheduler, list | tuple) else (scheduler,)
-    for each in schedulers:
-        if isinstance(each, ReduceLROnPlateau):
-            raise ArgumentError(
-                "scheduler",
-                given="ReduceLROnPlateau, which steps on a validation metric",
-                expected="a scheduler that steps once per update",
-                fix="leave it out and call its step(metric) yourself after each evaluation",
-            )
-        if isinstance(each, type | Optimizer) or not callable(getattr(each, "step", None)):
-            raise ArgumentError(
-                "scheduler", given=type(each).__name__, expected="an object with step()", fix="pass an LRScheduler"
-            )
-    return schedulers

@@ -118,6 +118,13 @@ class GradientBuffer:
                 params.append(param)
             elif param.grad is not None:
                 param.grad = None  # an optimizer would go on moving a frozen parameter along it
+        if not params:
+            raise GradientError(
+                "the trained parameters",
+                given="none that requires grad",
+                expected="at least one",
+                fix="unfreeze a part of the model",
+            )
         if list(map(id, params)) != self._ids or not all(map(self._is_in_place, self.slots)):
             self._lay_out(params)
         for flat in self.flats:

@@ -96,6 +96,7 @@ class Fp16(Precision):
         return [self.scaler.scale(seed.float()).to(seed.dtype) for seed in seeds]
 
     def unscale(self, optimizers: Sequence[Optimizer]) -> None:
+        self.scaler.scale(torch.zeros((), device=self._device_type))  # sets it up where no loss has been scaled yet
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         self._unscaled = True

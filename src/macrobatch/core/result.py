@@ -53,7 +53,7 @@ class StepResult:
     @property
     def weight(self) -> float:
         """What the loss was averaged over; of several terms, the first one's."""
-        return next(iter(self.weights.values()))
+        return next(iter(self.weights.values()), 0.0)
 
     @property
     def grad_norm(self) -> float:

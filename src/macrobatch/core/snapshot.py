@@ -13,11 +13,13 @@ from torch import Tensor, nn
 __all__ = ["RngStates", "Snapshot", "rng_states", "set_rng_states"]
 
 
+TorchStates = tuple[Tensor, Tensor | None]
+
+
 class RngStates(NamedTuple):
     """States of all default generators that a forward may draw from."""
 
-    host: Tensor
-    cuda: Tensor | None
+    torch: TorchStates
     python: tuple[Any, ...]
     numpy: Any
 
@@ -36,7 +38,7 @@ class Snapshot:
     ```
     """
 
-    __slots__ = ("_buffers", "_device", "_rng")
+    __slots__ = ("_buffers", "_device", "_torch")
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
@@ -45,12 +47,12 @@ class Snapshot:
             for module in model.modules()
             for name, buffer in module._buffers.items()  # pyright: ignore[reportPrivateUsage]
         ]
-        self._rng = rng_states(device)
+        self._torch = torch_states(device)
 
     def restore(self) -> None:
         """Put everything back as it was."""
         self.restore_buffers()
-        set_rng_states(self._device, self._rng)
+        set_torch_states(self._device, self._torch)
 
     def restore_buffers(self) -> None:
         """Put the buffers back, those that were replaced by others included."""
@@ -66,16 +68,25 @@ class Snapshot:
                 setattr(module, name, buffer)
 
 
+def torch_states(device: torch.device) -> TorchStates:
+    """States of torch's default generators, the host's and the device's."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_torch_states(device: torch.device, states: TorchStates) -> None:
+    """Put torch's default generators back."""
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def rng_states(device: torch.device) -> RngStates:
-    """States of the default generators of torch (the host's and the device's), Python and NumPy."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RngStates(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(legacy=False))
+    """States of the default generators of torch, Python and NumPy: all that a replay has to draw again from."""
+    return RngStates(torch_states(device), random.getstate(), np.random.get_state(legacy=False))
 
 
 def set_rng_states(device: torch.device, states: RngStates) -> None:
-    """Put the default generators back."""
-    torch.set_rng_state(states.host)
-    if states.cuda is not None:
-        torch.cuda.set_rng_state(states.cuda, device)
+    """Put all default generators back."""
+    set_torch_states(device, states.torch)
     random.setstate(states.python)
     np.random.set_state(states.numpy)

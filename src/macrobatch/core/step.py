@@ -37,6 +37,7 @@ class Gradient(NamedTuple):
     verdict: Verdict
     num_samples: int
     before: Snapshot
+    plan: Plan
 
 
 class Step:
@@ -79,6 +80,7 @@ class Step:
         self._begun = False
         self._is_running = False
         self._spare: Any = None
+        self._latest: Any = None
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
@@ -94,8 +96,9 @@ class Step:
             num_samples=gradient.num_samples,
         )
         if result.skipped is None:
-            self._apply(lambda: self._closure(micro_batches, plan, gradient.before, result, versions))
+            self._apply(lambda: self._closure(micro_batches, gradient.plan, gradient.before, result, versions))
             self.window.applied()
+            self._spare = self._latest  # from a window without a NaN
         else:
             if result.skipped == "not finite":
                 gradient.before.restore_buffers()  # running statistics are poisoned too
@@ -136,7 +139,7 @@ class Step:
             raise
         finally:
             self._is_running = False
-        return Gradient(tally, verdict, num_samples, before)
+        return Gradient(tally, verdict, num_samples, before, plan)
 
     def _accumulate(
         self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan, loss_fn: LossFn
@@ -240,7 +243,7 @@ class Step:
         while num < plan.num_to_run:
             num += 1
             yield spare, 0, num == plan.num_to_run
-        self._spare = spare
+        self._latest = spare
 
     def _admitted(self, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[Any, int, bool]]:
         """Each micro-batch with the window's answer to: is it the last? Looks one ahead."""

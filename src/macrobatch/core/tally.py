@@ -17,7 +17,7 @@ from torch import Tensor
 
 from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_host
 from macrobatch.core.weighting import Constant, Exact, Normalize, Uniform
-from macrobatch.errors import LossError
+from macrobatch.errors import LossError, NotYetError
 
 __all__ = ["NUM_SUMS", "Seeds", "Tally"]
 
@@ -57,6 +57,18 @@ class _Term:
         self.tensors: list[Tensor] = []
         self.factors: list[float] = []
         self.weights: list[Weight] = []
+
+    def sums(self, device: torch.device) -> Tensor:
+        """Over its micro-batches: the sum of losses, the weight, how many have weight, the sum of their means."""
+        totals = torch.stack(self.tensors).double() * torch.tensor(self.factors, dtype=torch.float64, device=device)
+        if any(isinstance(weight, Tensor) for weight in self.weights):
+            each = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in self.weights]
+            weights = torch.stack(each)
+        else:
+            weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
+        counts = weights > 0
+        means = torch.where(counts, totals / torch.where(counts, weights, 1.0), 0.0)
+        return torch.stack([totals.sum(), weights.sum(), counts.double().sum(), means.sum()])
 
 
 class Tally:
@@ -154,18 +166,10 @@ class Tally:
                 fix="add up terms that share a weight",
             )
         rounded = any(term.rounded for term in self.terms.values())
-        numbers: list[Weight] = [1.0, float(len(self.terms)), _checksum(self.terms), float(rounded)]
-        for term in self.terms.values():
-            totals = [factor * tensor for factor, tensor in zip(term.factors, term.tensors, strict=True)]
-            means = [_mean_of(total, weight) for total, weight in zip(totals, term.weights, strict=True)]
-            numbers += [
-                _summed(totals),
-                _summed(term.weights),
-                _summed(list(map(_counts, term.weights))),
-                _summed(means),
-            ]
-        packed = [torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers]
-        return F.pad(torch.stack(packed), (0, NUM_SUMS - len(packed))).to(dtype)
+        head = [1.0, float(len(self.terms)), _checksum(self.terms), float(rounded)]
+        sums = [torch.tensor(head, dtype=torch.float64, device=device)]
+        sums += [term.sums(device) for term in self.terms.values()]
+        return F.pad(torch.cat(sums), (0, NUM_SUMS - _HEAD - 4 * len(self.terms))).to(dtype)
 
     def absorb(self, sums: Sequence[float]) -> None:
         """Take over what the tallies of all ranks add up to; loss, weight and correction are then the same on all.
@@ -173,16 +177,25 @@ class Tally:
         Raises:
             LossError: the ranks do not agree on the loss's terms or its dtype.
         """
-        num_ranks, num_terms, _, num_rounded = sums[:_HEAD]
+        num_ranks, num_terms, checksum, num_rounded = sums[:_HEAD]
+        names = _checksum(self.terms)
         if num_ranks and not self.terms:
             self._open_unseen(round(num_terms / num_ranks), rounded=bool(num_rounded))
-        mine = [1.0, len(self.terms), _checksum(self.terms), float(any(t.rounded for t in self.terms.values()))]
+            names = checksum / num_ranks
+        mine = [1.0, len(self.terms), names, float(any(t.rounded for t in self.terms.values()))]
         if not all(math.isclose(a * num_ranks, b, rel_tol=1e-5) for a, b in zip(mine, sums[:_HEAD], strict=True)):
             raise LossError(
                 "the loss",
                 given=f"the terms {sorted(self.terms)} on this rank and others, or of another dtype, on other ranks",
                 expected="the same terms in the same dtype on every rank",
                 fix="let loss_fn return every term on every rank; one that does not apply has total 0 and weight 0",
+            )
+        if len(self.terms) > 1 and isinstance(self._policy, Uniform):
+            raise NotYetError(
+                "normalize",
+                given='"uniform" for a loss of several terms over several ranks',
+                expected='"exact" or Constant(n)',
+                fix='leave normalize at "exact" and pass count',
             )
         self._everywhere, self._read = {}, {}
         for index, name in enumerate(self.terms):
@@ -283,7 +296,7 @@ class Tally:
                 expected='the number of micro-batches, to give each the same share (normalize="uniform")',
                 fix='pass the micro-batches as a list, or leave normalize at "exact"',
             )
-        for name, part in parts.items():
+        for name, part in sorted(parts.items()):  # in one order on all ranks
             self.terms[name] = self._term(
                 counted.get(name),
                 # A power of two survives the rounding of a 16-bit loss; the correction at the close, in the
@@ -295,7 +308,7 @@ class Tally:
     def _open_unseen(self, num_terms: int, *, rounded: bool) -> None:
         """Open the terms that only other ranks have seen."""
         counted = self._counted or {}
-        for name in counted if len(counted) == num_terms else ["loss"]:
+        for name in sorted(counted) if len(counted) == num_terms else [f"loss {i}" for i in range(num_terms)]:
             self.terms[name] = self._term(counted.get(name), rounded=rounded, seeds={})
 
     def _term(self, counted: Weight | None, *, rounded: bool, seeds: dict[float, Tensor]) -> _Term:
@@ -336,10 +349,6 @@ def _scale(expected: Weight, *, rounded: bool) -> float | Tensor:
     if expected <= 0:
         return 0.0
     return 2.0 ** -round(math.log2(expected)) if rounded else 1.0 / expected
-
-
-def _mean_of(total: Tensor, weight: Weight) -> Tensor:
-    return torch.where(torch.as_tensor(weight, device=total.device) > 0, total / weight, torch.zeros_like(total))
 
 
 def _checksum(names: Iterable[str]) -> float:

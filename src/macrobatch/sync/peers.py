@@ -21,6 +21,10 @@ __all__ = ["Peers"]
 CPU = torch.device("cpu")
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()  # not expanded
+
+
 class Peers:
     """The ranks of a group, seen from one of them. Every method is a collective: all ranks call it, in one order.
 
@@ -79,7 +83,7 @@ class Peers:
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy the first rank's tensors to all, in one message per device and dtype."""
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        for tensor in {id(tensor): tensor for tensor in tensors if _is_dense(tensor)}.values():
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         with torch.no_grad():

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.weighting import Plan
-from macrobatch.errors import ArgumentError, PeerError
+from macrobatch.errors import ArgumentError, GradientError, PeerError
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers
 
@@ -63,6 +64,10 @@ class ReplicatedSync(Sync):
             raise ArgumentError(
                 "bucket_bytes", given=bucket_bytes, expected="an integer >= 1", fix="leave it at its default"
             )
+        if wire_dtype is not None and not getattr(wire_dtype, "is_floating_point", False):
+            raise ArgumentError(
+                "wire_dtype", given=wire_dtype, expected="a floating point dtype or None", fix="pass torch.bfloat16"
+            )
         self._group = group
         self._bucket_bytes = bucket_bytes
         self._wire_dtype = wire_dtype
@@ -81,6 +86,20 @@ class ReplicatedSync(Sync):
         Raises:
             ArgumentError: the ranks train different sets of parameters.
         """
+        if self._model is not None:
+            raise ArgumentError(
+                "sync",
+                given="a ReplicatedSync that another step uses",
+                expected="one for each step",
+                fix="build a ReplicatedSync for each TrainStep",
+            )
+        if any(isinstance(param, DTensor) for param in model.parameters()):
+            raise ArgumentError(
+                "model",
+                given="parameters that are spread over ranks (tensor parallel)",
+                expected="the whole of each parameter on every rank",
+                fix="shard it with fully_shard and let sync='auto' find that out; tensor parallelism is not supported",
+            )
         self._model = model
         gradients.start()
         self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
@@ -98,7 +117,8 @@ class ReplicatedSync(Sync):
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
         """In the last one, send buckets as they become ready."""
-        if is_last and self._overlap:
+        self._cut(gradients)
+        if is_last and self._overlap and len(self._buckets) > 1:  # the one with the header goes last in any case
             return self._sending(gradients)
         return super().micro_batch(gradients, is_last=is_last)
 
@@ -107,8 +127,12 @@ class ReplicatedSync(Sync):
         assert self._peers is not None
         assert self._model is not None
         late = self._latecomers()
-        if tally is not None:
-            gradients.collect()
+        refused: GradientError | None = None
+        try:
+            if tally is not None:
+                gradients.collect()
+        except GradientError as error:  # the others must hear of it before it is raised
+            tally, refused = None, error
         self._cut(gradients)
         self._fill_header(gradients, tally, late)
         for bucket in self._buckets[len(self._flying) :]:
@@ -116,9 +140,12 @@ class ReplicatedSync(Sync):
         for bucket, work, wire in self._flying:
             work.wait()
             if wire is not None:
-                bucket.numbers.copy_(wire)
+                numbers = bucket.numbers
+                (torch.view_as_real(numbers) if numbers.is_complex() else numbers).copy_(wire)
         self._flying.clear()
         header = gradients.flats[0].header[: self.header(len(gradients.slots))].tolist()
+        if refused is not None:
+            raise refused
         if header[_FAILED]:
             if tally is None:
                 return
@@ -161,10 +188,9 @@ class ReplicatedSync(Sync):
                 handle.remove()
 
     def _send(self, bucket: _Bucket) -> None:
-        wire = None if self._wire_dtype is None or bucket.has_header else bucket.numbers.to(self._wire_dtype)
-        numbers = bucket.numbers if wire is None else wire
-        numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
-        work = dist.all_reduce(numbers, group=self._group, async_op=True)
+        numbers = torch.view_as_real(bucket.numbers) if bucket.numbers.is_complex() else bucket.numbers
+        wire = None if self._wire_dtype is None or bucket.has_header else numbers.to(self._wire_dtype)
+        work = dist.all_reduce(numbers if wire is None else wire, group=self._group, async_op=True)
         assert work is not None
         self._flying.append((bucket, work, wire))
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
@@ -31,6 +32,7 @@ from macrobatch.sync.peers import Peers
 
 __all__ = ["Policy", "ShardedSync"]
 
+_HALF = (torch.bfloat16, torch.float16)
 _LOG = logging.getLogger("macrobatch")
 
 
@@ -88,6 +90,7 @@ class ShardedSync(Sync):
         self._limit = memory_limit_bytes
         self._group = group
         self._modules: list[FSDPModule] = []
+        self._is_16_bit = False
         self._model: nn.Module | None = None
         self._peers: Peers | None = None
 
@@ -106,6 +109,13 @@ class ShardedSync(Sync):
                 fix="call torch.distributed.fsdp.fully_shard on its blocks and on itself before building the optimizer",
             )
         gradients.start()
+        if not all(isinstance(slot.param, DTensor) for slot in gradients.slots):
+            raise ArgumentError(
+                "model",
+                given="trained parameters that are not sharded",
+                expected="all of them in FSDP2's hands; it would leave these to every rank for itself",
+                fix="call fully_shard on the whole model too, after its blocks",
+            )
         device = gradients.flats[0].storage.device
         self._model, self._peers = model, Peers(self._group, device)
         for module in self._modules:
@@ -113,6 +123,7 @@ class ShardedSync(Sync):
             if device.type == "cpu":  # gloo cannot multiply while it sums
                 module.set_force_sum_reduction_for_comms(True)
         self._keep()
+        self._is_16_bit = any(slot.param.dtype in _HALF for slot in gradients.slots)
         if self.policy.reduce_last and self._reduces_in_16_bits():
             raise ArgumentError(
                 "policy",
@@ -142,6 +153,8 @@ class ShardedSync(Sync):
         assert self._peers is not None
         super().close(gradients, tally)
         self._peers.add_up(gradients, tally)
+        assert self._model is not None
+        self._peers.broadcast(self._model.buffers())
         if self._num_lean is not None:
             self._num_lean += 1
             if self._num_lean == 2:
@@ -184,8 +197,9 @@ class ShardedSync(Sync):
 
     def _reduces_in_16_bits(self) -> bool:
         return any(
-            policy.reduce_dtype in (torch.bfloat16, torch.float16)
-            or (policy.reduce_dtype is None and policy.param_dtype in (torch.bfloat16, torch.float16))
+            policy.reduce_dtype in _HALF
+            or (policy.reduce_dtype is None and policy.param_dtype in _HALF)
+            or (policy.reduce_dtype is None and policy.param_dtype is None and self._is_16_bit)
             for policy in self._precisions()
         )
 

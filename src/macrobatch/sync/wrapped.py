@@ -80,6 +80,8 @@ class WrappedSync(Sync):
         gradients.collect(adopts=True)
         gradients.scale_(float(self._peers.num))
         self._peers.add_up(gradients, tally)
+        assert self._model is not None
+        self._peers.broadcast(self._model.buffers())
         if self._cross_check:
             self._cross_check = False
             self._peers.check_replicas(gradients)

@@ -1,0 +1,191 @@
+"""Windows over several ranks: build a contender, warm it up, time it, check its gradient, leave nothing of it behind.
+
+A contender's optimizer must have the learning rate 0. Every window then has the same gradient, and its norm is compared
+with the first contender's, in the first window and in the last one: a fast wrong answer is seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from harness import Row, quartiles
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+__all__ = ["GIB", "TIMED", "WARMUP", "Contender", "Extent", "Running", "adamw", "attempt", "norms_noted", "over_ranks"]
+
+GIB = 2**30
+
+
+class Extent(NamedTuple):
+    """How often to repeat something: for some time, but neither too often nor too rarely."""
+
+    seconds: float
+    least: int
+    most: int
+
+    def times(self, each_s: float) -> int:
+        """How often, if each time takes so long."""
+        return min(max(round(self.seconds / each_s), self.least), self.most)
+
+
+WARMUP = Extent(0.5, 1, 10)  # after the first window, in which most things are made
+TIMED = Extent(4.0, 5, 25)  # the clock of a host that is busy launching kernels takes its time to settle
+
+
+class Running(NamedTuple):
+    """A contender that is ready.
+
+    Attributes:
+        update: runs one window.
+        optimizer: what `update` steps.
+        notes: what else there is to say of it afterwards.
+    """
+
+    update: Callable[[], object]
+    optimizer: Optimizer
+    notes: Callable[[], Row] = dict
+
+
+class Contender(NamedTuple):
+    """One way to run a window, in micro-batches of `num_rows` samples. `build` may not keep what it builds alive."""
+
+    name: str
+    num_rows: int
+    build: Callable[[], Running]
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    """The optimizer of all contenders."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+
+def attempt(contender: Contender, *, device: torch.device, num_units: int, reference: float | None) -> Row:
+    """Measure a contender. All ranks call this; an error on any of them is the result on all.
+
+    Memory is of the rank that had most. "peak" is what tensors held at once, from building the model to the last
+    window; what a captured graph uses is not in it once the graph is made. "reserved" is what the process had of the
+    device from the second window on, with that and with what fragmentation costs.
+
+    Args:
+        num_units: tokens or samples of a window, over all ranks.
+        reference: norm that the gradient should have; None for the first contender.
+
+    Returns:
+        Quartiles of seconds per window and of units per second, memory in GiB and the gradient's norms; or "error".
+    """
+    row: Row = {"name": contender.name, "micro_batch": contender.num_rows}
+    error = None
+    try:
+        row |= _measured(contender, device, num_units, reference)
+    except Exception as failure:  # whatever it is, the other contenders are worth measuring
+        error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    torch.compiler.reset()
+    gc.collect()
+    _forget_memory(device)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    error = next((each for each in errors if each), None)
+    return row if error is None else {"name": contender.name, "micro_batch": contender.num_rows, "error": error}
+
+
+@contextmanager
+def norms_noted(optimizer: Optimizer) -> Generator[list[float]]:
+    """The norms of the gradients that an optimizer gets within the context."""
+    norms: list[float] = []
+    handle = optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(_gradient_norm(optimizer)))
+    try:
+        yield norms
+    finally:
+        handle.remove()
+
+
+def over_ranks(
+    numbers: Sequence[float], device: torch.device, op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX
+) -> list[float]:
+    """Numbers reduced over ranks; the largest of each by default."""
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total, op)
+    return total.tolist()
+
+
+def _measured(contender: Contender, device: torch.device, num_units: int, reference: float | None) -> Row:
+    left_gib = _memory_gib(device)["allocated"]
+    began_s = time.perf_counter()
+    running = contender.build()
+    with norms_noted(running.optimizer) as norms:
+        running.update()
+    _wait(device)
+    start_s = time.perf_counter() - began_s
+    start_gib = _memory_gib(device)["peak"]
+    _forget_memory(device)
+    (each_s,) = over_ranks([_timed(running.update, device)], device)
+    for _ in range(WARMUP.times(each_s)):
+        (each_s,) = over_ranks([_timed(running.update, device)], device)
+    times_s = over_ranks([_timed(running.update, device) for _ in range(TIMED.times(each_s))], device)
+    with norms_noted(running.optimizer) as last_norms:
+        running.update()
+    norms += last_norms
+    reference = norms[0] if reference is None else reference
+    off = [abs(norm / reference - 1) for norm in norms]
+    memory_gib = _memory_gib(device)
+    memory_gib["peak"] = max(memory_gib["peak"], start_gib)
+    most_gib = over_ranks([*memory_gib.values()], device)
+    return {
+        "num_timed": len(times_s),
+        "window_s": quartiles(times_s),
+        "per_s": quartiles([num_units / time_s for time_s in times_s]),
+        **{f"{kind}_gib": round(most, 3) for kind, most in zip(memory_gib, most_gib, strict=True)},
+        "left_by_others_gib": round(left_gib, 3),
+        "start_s": round(start_s, 1),
+        "grad_norms": norms,
+        "off": max(over_ranks(off, device)),
+        **running.notes(),
+    }
+
+
+def _gradient_norm(optimizer: Optimizer) -> float:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in params if param.grad is not None]
+    parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    norm = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm()
+    if any(isinstance(grad, DTensor) for grad in grads):
+        (square,) = over_ranks([float(norm) ** 2], norm.device, dist.ReduceOp.SUM)
+        return square**0.5
+    return float(norm)
+
+
+def _timed(update: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    began_s = time.perf_counter()
+    update()
+    _wait(device)
+    return time.perf_counter() - began_s
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory_gib(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {"allocated": 0.0, "peak": 0.0, "reserved": 0.0}
+    return {
+        "allocated": torch.cuda.memory_allocated() / GIB,
+        "peak": torch.cuda.max_memory_allocated() / GIB,
+        "reserved": torch.cuda.max_memory_reserved() / GIB,
+    }
+
+
+def _forget_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

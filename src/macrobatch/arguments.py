@@ -1,0 +1,112 @@
+"""What `TrainStep` and `accumulate` accept, each refused by its own name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from macrobatch.core.events import Listener
+from macrobatch.errors import ArgumentError
+
+__all__ = ["check_callables", "checked_listeners", "checked_optimizers", "checked_schedulers", "parameters"]
+
+
+def parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """All parameters of some optimizers, in the order of their groups."""
+    return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+
+
+def check_callables(model: object, loss_fn: object, count: object) -> None:
+    """Refuse what is no model, no loss function or no count."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", given=type(model).__name__, expected="an nn.Module", fix="pass the model itself")
+    if not callable(loss_fn) or isinstance(loss_fn, nn.Module):
+        raise ArgumentError(
+            "loss_fn",
+            given=type(loss_fn).__name__,
+            expected="a function loss_fn(model, micro_batch)",
+            fix="write def loss_fn(model, batch): return criterion(model(batch[0]), batch[1])",
+        )
+    if count is not None and not callable(count):
+        raise ArgumentError(
+            "count", given=count, expected="a function count(batch) or None", fix="pass a function of the macro-batch"
+        )
+
+
+def checked_optimizers(optimizer: object, model: nn.Module) -> tuple[Optimizer, ...]:
+    """The optimizers as a tuple; refused if they cannot train this model."""
+    optimizers: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+        raise ArgumentError(
+            "optimizer",
+            given=[type(each).__name__ for each in optimizers],
+            expected="a torch.optim.Optimizer, or a list of them",
+            fix="pass torch.optim.AdamW(model.parameters())",
+        )
+    params = parameters(optimizers)
+    if any(map(is_lazy, params)):
+        raise ArgumentError(
+            "optimizer",
+            given="a parameter of a lazy module that has no shape yet",
+            expected="parameters with shapes",
+            fix="run the model on one batch before building the optimizer",
+        )
+    if not any(param.requires_grad for param in params):
+        raise ArgumentError(
+            "optimizer",
+            given=f"{len(params)} parameters, none of which requires grad",
+            expected="at least one parameter to train",
+            fix="build it from the parameters that are to be trained",
+        )
+    of_model = {id(param) for param in model.parameters()}
+    if of_model and not any(id(param) in of_model for param in params):
+        raise ArgumentError(
+            "optimizer",
+            given="one without any of the model's parameters",
+            expected="an optimizer of this model",
+            fix="build it from model.parameters(), after wrapping, moving or sharding the model",
+        )
+    if len({id(param) for param in params}) < len(params):
+        raise ArgumentError(
+            "optimizer",
+            given="a parameter that is in it twice, or in two optimizers",
+            expected="every parameter to be updated once",
+            fix="give each parameter to one group of one optimizer",
+        )
+    return optimizers
+
+
+def checked_listeners(listeners: object) -> list[Listener]:
+    """The listeners as a list of functions."""
+    if isinstance(listeners, Iterable) and not isinstance(listeners, str):
+        found: list[Any] = list(listeners)
+        if all(map(callable, found)):
+            return found
+    raise ArgumentError(
+        "listeners", given=repr(listeners), expected="a list of functions of an event", fix="pass listeners=[listener]"
+    )
+
+
+def checked_schedulers(scheduler: object) -> tuple[LRScheduler, ...]:
+    """The schedulers as a tuple; refused if they do not step once per update."""
+    if scheduler is None:
+        return ()
+    schedulers: tuple[Any, ...] = tuple(scheduler) if isinstance(scheduler, list | tuple) else (scheduler,)
+    for each in schedulers:
+        if isinstance(each, ReduceLROnPlateau):
+            raise ArgumentError(
+                "scheduler",
+                given="ReduceLROnPlateau, which steps on a validation metric",
+                expected="a scheduler that steps once per update",
+                fix="leave it out and call its step(metric) yourself after each evaluation",
+            )
+        if isinstance(each, type | Optimizer) or not callable(getattr(each, "step", None)):
+            raise ArgumentError(
+                "scheduler", given=type(each).__name__, expected="an object with step()", fix="pass an LRScheduler"
+            )
+    return schedulers

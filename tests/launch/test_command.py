@@ -1,0 +1,173 @@
+"""`macrobatch launch`: what it asks of torchrun, and jobs from the first line to the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from macrobatch.cli import main
+from macrobatch.errors import ArgumentError
+from macrobatch.launch.command import Options
+
+ONE_HOST = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
+
+SCRIPT = """
+import json, os, sys
+names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+sys.stdout.write(json.dumps({"argv": sys.argv[1:]} | {name: os.environ[name] for name in names}) + "\\n")
+if os.environ["RANK"] == "1":
+    sys.exit(7)
+import time
+time.sleep(60)  # torchrun ends it
+"""
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "expected"),
+    [
+        (Options(), {}, ["--nproc-per-node=1", *ONE_HOST]),
+        (Options(nproc=3, module=True), {}, ["--nproc-per-node=3", *ONE_HOST, "--module"]),
+        (
+            Options(nproc=8, nnodes="2", rdzv="host-a:29400"),
+            {},
+            ["--nproc-per-node=8", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=host-a:29400"],
+        ),
+        (
+            Options(nproc=8, nnodes="1:4", rdzv="host-a"),
+            {},
+            ["--nproc-per-node=8", "--nnodes=1:4", "--rdzv-backend=c10d", "--rdzv-endpoint=host-a"],
+        ),
+        (
+            Options(nproc=8, nnodes="2", rdzv="host-a:1234", node_rank=1),
+            {},
+            [
+                "--nproc-per-node=8",
+                "--nnodes=2",
+                "--rdzv-backend=static",
+                "--node-rank=1",
+                "--master-addr=host-a",
+                "--master-port=1234",
+            ],
+        ),
+        (
+            Options(nproc=8, nnodes="2", rdzv="host-a", node_rank=0),
+            {},
+            [
+                "--nproc-per-node=8",
+                "--nnodes=2",
+                "--rdzv-backend=static",
+                "--node-rank=0",
+                "--master-addr=host-a",
+                "--master-port=29500",
+            ],
+        ),
+        # A Kubernetes PyTorchJob: torchrun itself reads the rest of these variables.
+        (
+            Options(),
+            {"PET_NPROC_PER_NODE": "auto", "PET_NNODES": "2", "PET_MASTER_ADDR": "job-master-0", "PET_NODE_RANK": "1"},
+            ["--nproc-per-node=1", "--nnodes=2"],
+        ),
+        (Options(nproc=4), {"PET_NPROC_PER_NODE": "2", "PET_NNODES": "1"}, ["--nproc-per-node=4", *ONE_HOST]),
+        (Options(), {"PET_NPROC_PER_NODE": "2"}, ["--nproc-per-node=2", *ONE_HOST]),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("no_gpu")
+def test_arguments_of_torchrun(options, environ, expected):
+    assert options.arguments(environ) == expected
+
+
+def test_one_rank_per_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert Options().arguments({})[0] == "--nproc-per-node=4"
+    assert Options(nproc=2).arguments({})[0] == "--nproc-per-node=2"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(nnodes="two"), r"--nnodes: given two.*1:4"),
+        (Options(nnodes="0"), "--nnodes: given 0"),
+        (Options(nnodes="3:2"), "--nnodes: given 3:2"),
+        (Options(nnodes="1:2:3"), "--nnodes: given 1:2:3"),
+        (Options(nnodes="2"), r"--rdzv: given None.*HOST:PORT"),
+        (Options(rdzv="host-a:1"), "add --nnodes"),
+        (Options(node_rank=0), "add --nnodes"),
+        (Options(nnodes="2", rdzv="host-a:1", node_rank=2), r"--node-rank: given 2 of 2 machines"),
+        (Options(nnodes="1:2", rdzv="host-a:1", node_rank=0), "a fixed number of machines"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        options.arguments({})
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+    ids=str,
+)
+def test_a_job_in_each_task_of_another_launcher_is_refused(environ):
+    with pytest.raises(ArgumentError, match=r"each would start a job of its own.*srun python train.py"):
+        Options().arguments(environ)
+    assert Options(nnodes="4", rdzv="host-a").arguments(environ)  # one torchrun a machine is fine
+
+
+def test_two_jobs_at_once_and_all_that_follows_the_script_is_its_own(start, cli, job, seen, check):
+    jobs = [start(*cli, "launch", "--nproc", "2", job, "--nproc", name, "-x") for name in ("one", "two")]
+    for program, name in zip(jobs, ("one", "two"), strict=True):
+        ranks = seen(program)
+        check(ranks, local_ranks=[0, 1])
+        assert [each["arguments"] for each in ranks] == [["--nproc", name, "-x"]] * 2
+
+
+def test_a_failed_rank_ends_the_job_with_its_exit_code(start, tmp_path):
+    (tmp_path / "some_module.py").write_text(SCRIPT, encoding="utf-8")
+    # On eight cores, whatever there are here: each of the three ranks gets two threads.
+    code = "from macrobatch import cli, env; env.num_cores = lambda: 8; cli.main()"
+    arguments = ("launch", "--nproc", "3", "-m", "some_module", "a", "--b")
+    program = start(sys.executable, "-c", code, *arguments, OMP_NUM_THREADS=None)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 7
+    assert "error: rank 1 ended with exit code 7" in err
+    assert "Traceback" not in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert {line["OMP_NUM_THREADS"] for line in lines} == {"2"}
+    assert {(line["WORLD_SIZE"], line["LOCAL_WORLD_SIZE"]) for line in lines} == {("3", "3")}
+    assert all(line["argv"] == ["a", "--b"] for line in lines)
+
+
+def test_help_names_the_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["macrobatch", "launch", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("--nproc", "--nnodes", "--node-rank", "--rdzv", "--module"))
+
+
+def test_a_wrong_option_is_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["macrobatch", "launch", "--nnodes", "2", "script.py"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    err = capsys.readouterr().err
+    assert "error: --rdzv: given None" in err
+    assert "Traceback" not in err
+
+
+def test_torch_distributed_launch(start, job, seen, check):
+    # Its --local-rank reaches the script; its FutureWarning and torchrun's note on threads go to stderr.
+    ranks = seen(start(sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2", job))
+    check(ranks, local_ranks=[0, 1])
+    assert [each["arguments"] for each in ranks] == [["--local-rank=0"], ["--local-rank=1"]]
