@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 import macrobatch as mb
 from macrobatch.sync import ReplicatedSync
 from macrobatch.testing.models import CASES
-from macrobatch.testing.pool import RankError
 from macrobatch.testing.reference import full_batch_gradient, relative_error
 from tests.sync.windows import (
     EXACT,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from macrobatch import tree
 from macrobatch.core.gradients import GradientBuffer
@@ -23,6 +23,10 @@ CPU = torch.device("cpu")
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()  # not expanded
+
+
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), str(tensor.dtype)
 
 
 class Peers:
@@ -45,20 +49,22 @@ class Peers:
         """How many there are."""
         return dist.get_world_size(self.group)
 
-    def check_layout(self, gradients: GradientBuffer) -> None:
-        """Refuse ranks that train different sets of parameters.
+    def check_layout(self, gradients: GradientBuffer, model: nn.Module) -> None:
+        """Refuse ranks that train different sets of parameters, or hold different models.
 
         Raises:
             ArgumentError: on every rank.
         """
-        signature = [(tuple(slot.param.shape), str(slot.param.dtype)) for slot in gradients.slots]
+        names = {id(param): name for name, param in model.named_parameters()}
+        signature = [(names.get(id(slot.param)), *_kind(slot.param)) for slot in gradients.slots]
+        signature += [(name, *_kind(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
         everywhere: list[Any] = [None] * self.num
         dist.all_gather_object(everywhere, signature, group=self.group)
         if any(other != signature for other in everywhere):
             raise ArgumentError(
                 "the trained parameters",
-                given=f"{[len(other) for other in everywhere]} of them by rank, or of other shapes",
-                expected="the same parameters in the same order on every rank",
+                given=f"{[len(other) for other in everywhere]} tensors by rank, or others, or in another order",
+                expected="the same model, and the same parameters in the same order, on every rank",
                 fix="build model and optimizer alike on every rank",
             )
 

@@ -103,7 +103,7 @@ class ReplicatedSync(Sync):
         self._model = model
         gradients.start()
         self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
-        peers.check_layout(gradients)
+        peers.check_layout(gradients, model)
         peers.broadcast([*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()])
 
     def header(self, num_parameters: int) -> int:
