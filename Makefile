@@ -30,7 +30,7 @@ demo: setup ## train on real handwritten digits and compare with the full batch
 	@$(BIN)/macrobatch demo
 
 test: setup ## run all tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(WORKERS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(WORKERS) --dist loadgroup
 
 check: setup ## format, lint, types, documentation, architecture
 	@$(BIN)/python -m ruff format --check --quiet

@@ -168,7 +168,7 @@ ARGUMENTS: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), ARGUMENTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("name", "value"), ARGUMENTS, ids=lambda value: str(value).split(" at 0x")[0][:40])
 def test_train_step_argument_out_of_domain_is_refused(name, value):
     model = Net()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -212,7 +212,7 @@ def test_loss_fn_that_is_no_function_of_model_and_batch_is_refused(loss_fn):
         mb.accumulate(model, loss_fn, samples(), micro_batch=3)
 
 
-@pytest.mark.parametrize(("encode", "loss"), [(None, classes), (classes, 3)], ids=str)
+@pytest.mark.parametrize(("encode", "loss"), [(None, classes), (classes, 3)], ids=["encode", "loss"])
 def test_two_pass_of_what_is_no_function_is_refused(encode, loss):
     with refused(ArgumentError, "TwoPass"):
         mb.TwoPass(encode, loss)
@@ -341,7 +341,9 @@ def test_window_bad_micro_batch_is_refused_without_a_trace(name):
         setup.step.window(micro_batches)
 
 
-@pytest.mark.parametrize("make", [list, tuple, lambda: iter([]), lambda: (x for x in ())], ids=str)
+@pytest.mark.parametrize(
+    "make", [list, tuple, lambda: iter([]), lambda: (x for x in ())], ids=["list", "tuple", "iterator", "generator"]
+)
 def test_window_without_micro_batches_is_refused_without_a_trace(make):
     setup = started()
     with refused_call(setup, BatchError, "no micro-batches"):

@@ -67,7 +67,7 @@ def cli() -> tuple[str, ...]:
 def seen():
     """What the ranks of programs printed, by rank, after these have ended well."""
 
-    def wait(*programs: subprocess.Popen[str], timeout_s: float = 120) -> list[dict[str, Any]]:
+    def wait(*programs: subprocess.Popen[str], timeout_s: float = 240) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
         for program in programs:
             out, err = program.communicate(timeout=timeout_s)

@@ -33,7 +33,7 @@ def update(ranks: Ranks) -> list[float]:
 
 
 def main() -> None:
-    ranks = launch.init(timeout_s=60)
+    ranks = launch.init(timeout_s=180)
     assert launch.init() == ranks  # a second call only tells
     seen: dict[str, Any] = {
         "rank": ranks.rank,

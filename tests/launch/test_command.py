@@ -139,7 +139,7 @@ def test_a_failed_rank_ends_the_job_with_its_exit_code(start, tmp_path):
     code = "from macrobatch import cli, env; env.num_cores = lambda: 8; cli.main()"
     arguments = ("launch", "--nproc", "3", "-m", "some_module", "a", "--b")
     program = start(sys.executable, "-c", code, *arguments, OMP_NUM_THREADS=None)
-    out, err = program.communicate(timeout=60)
+    out, err = program.communicate(timeout=240)
     assert program.returncode == 7
     assert "error: rank 1 ended with exit code 7" in err
     assert "Traceback" not in err

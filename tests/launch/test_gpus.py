@@ -68,7 +68,7 @@ def test_spawn(start, tmp_path):
     script.write_text(SPAWNS.format(folder=__file__.rpartition("/")[0]), encoding="utf-8")
     began = time.monotonic()
     program = start(sys.executable, str(script))
-    out, err = program.communicate(timeout=120)
+    out, err = program.communicate(timeout=240)
     assert "[([2.0, 2.0], [2.0, 2.0]), ([2.0, 2.0], [2.0, 2.0])]" in out, err
     assert PeerError.__name__ in err
     assert "rank 1 of 2: given ValueError: the first error" in err

@@ -47,11 +47,11 @@ def hang():
 def caught(function, *args):
     began = time.monotonic()
     try:
-        launch.spawn(function, args, 2, timeout_s=60)
+        launch.spawn(function, args, 2, timeout_s=180)
     except errors.PeerError as error:
         print(f"<<{function.__name__} {args} after {time.monotonic() - began:.1f} s: {error}>>", flush=True)
 
-print(launch.spawn(total, (2,), 2, timeout_s=60), flush=True)
+print(launch.spawn(total, (2,), 2, timeout_s=180), flush=True)
 caught(fail, "raise")
 caught(fail, "die")
 caught(fail, "exit")
@@ -61,7 +61,7 @@ caught(hang)
 
 def test_forks_of_a_notebook(start):
     program = start(sys.executable, "-W", "error", "-c", NOTEBOOK)
-    out, err = program.communicate(timeout=120)
+    out, err = program.communicate(timeout=240)
     assert program.returncode == 0, err
     assert "[(0, [3.0, 3.0], 'gloo', 300), (1, [3.0, 3.0], 'gloo', 300)]" in out
     raised, died, left, hung = re.findall(r"<<(.*?)>>", out, flags=re.DOTALL)
@@ -72,7 +72,7 @@ def test_forks_of_a_notebook(start):
     assert "the first error" in hung
     for ending in (raised, died, left, hung):
         # 3 s to end by themselves, 3 s more to react to SIGTERM, and some for a busy machine
-        assert float(re.findall(r"after ([\d.]+) s", ending)[0]) < 30
+        assert float(re.findall(r"after ([\d.]+) s", ending)[0]) < 60
 
 
 def test_fresh_interpreters(tmp_path, start):
@@ -86,10 +86,10 @@ def test_fresh_interpreters(tmp_path, start):
         "        raise ValueError('too much')\n"
         "    return x.mul(ranks.rank).tolist(), torch.get_num_threads() >= 1\n"
         "if __name__ == '__main__':\n"
-        "    print(launch.spawn(share, (torch.ones(2),), 2, timeout_s=60), flush=True)\n",
+        "    print(launch.spawn(share, (torch.ones(2),), 2, timeout_s=180), flush=True)\n",
         encoding="utf-8",
     )
-    out, err = start(sys.executable, "-W", "error", "work.py").communicate(timeout=120)
+    out, err = start(sys.executable, "-W", "error", "work.py").communicate(timeout=240)
     assert out.strip() == "[([0.0, 0.0], True), ([2.0, 2.0], True)]", err
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 F64 = torch.float64
 SMALL = 128  # bytes: a bucket of a weight or two, so that small models have several
-IMPATIENT_S = 12.0  # for what is known to leave ranks waiting; twice as long as one collective may take
+IMPATIENT_S = 8.0  # for what is known to leave ranks waiting; twice as long as one collective may take
 
 
 def rows(num: int, *, seed: int = 0) -> Tensor:
@@ -99,6 +99,26 @@ def test_parameters_in_another_order_on_a_rank_are_matched_or_refused(ranks):
 @pytest.mark.parametrize("how", ["buffer", "frozen part"])
 def test_model_with_more_on_one_rank_is_refused_on_all(ranks, how):
     assert ranks(2, IMPATIENT_S).run(caught, "unlike_at_the_start", how) == [(False, "ArgumentError")] * 2
+
+
+def mended() -> list[str | None]:
+    """A layout that is refused, and what becomes of the step when its cause is gone."""
+    model = layers()
+    model[0].bias.requires_grad_(dist.get_rank() == 0)
+    step = mb.TrainStep(model, SGD(model.parameters(), lr=0.1), mean_square, micro_batch=2, sync=ReplicatedSync())
+    errors: list[str | None] = []
+    for _ in range(2):
+        try:
+            step(rows(4))
+            errors.append(None)
+        except mb.errors.ArgumentError as error:
+            errors.append(error.what)
+        model[0].bias.requires_grad_(True)
+    return errors
+
+
+def test_step_after_a_layout_that_was_refused_and_mended_works(ranks):
+    assert ranks(2, IMPATIENT_S).run(mended) == [["the trained parameters", None]] * 2
 
 
 def unlike_later(how: str) -> str:
@@ -374,6 +394,43 @@ def older_sharding() -> bool:
 def test_model_of_fsdp1_is_refused_or_left_whole(ranks):
     for ok, value in ranks(2).run(caught, "older_sharding"):
         assert value if ok else value == "ArgumentError"
+
+
+def hidden(how: str) -> float:
+    """A DistributedDataParallel that is not the model itself, with other numbers of micro-batches on the ranks."""
+    model = layers()
+    shares = [rows(2, seed=1), rows(4, seed=2)]
+    reference = full_batch_gradient(model, mean_square, torch.cat(shares))
+    wrapped: Any = DistributedDataParallel(model)
+    wrapped = torch.compile(wrapped, backend="aot_eager") if how == "compiled" else nn.Sequential(wrapped)
+    step = mb.TrainStep(wrapped, SGD(model.parameters(), lr=0.1), mean_square, micro_batch=2)
+    step(shares[dist.get_rank()])
+    return relative_error(gradients_of(model), reference)
+
+
+@pytest.mark.parametrize("how", ["compiled", "inside"])
+def test_ddp_that_is_not_the_model_itself_is_right_or_refused(ranks, how):
+    for ok, value in ranks(2, IMPATIENT_S).run(caught, "hidden", how):
+        assert value <= EXACT if ok else value == "ArgumentError"
+
+
+def compiled() -> float:
+    """Hooks on parameters fire in compiled models, too."""
+    model = layers()
+    shares = [rows(5, seed=1), rows(4, seed=2)]
+    reference = full_batch_gradient(model, mean_square, torch.cat(shares))
+    whole = torch.compile(model, backend="aot_eager")
+    sync = ReplicatedSync(bucket_bytes=SMALL)
+    step = mb.TrainStep(whole, SGD(model.parameters(), lr=0.0), mean_square, micro_batch=2, sync=sync)  # pyright: ignore[reportArgumentType]
+    off = 0.0
+    for _ in range(2):
+        step(shares[dist.get_rank()])
+        off = max(off, relative_error(gradients_of(model), reference))
+    return off
+
+
+def test_compiled_model_equals_one_process(ranks):
+    assert max(ranks(2).run(compiled)) <= EXACT
 
 
 def tensor_parallel() -> str:

@@ -62,7 +62,7 @@ def sharded(model: nn.Module, kind: str) -> nn.Module:
     if isinstance(model, nn.Sequential):
         for layer in model:
             fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)  # pyright: ignore[reportReturnType]
 
 
 def prepared(strategy: str, case: Case, kind: str) -> tuple[nn.Module, Sync]:

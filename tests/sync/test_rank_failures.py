@@ -23,7 +23,6 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 F64 = torch.float64
 SMALL = 128  # bytes: several buckets, so that some have left when a backward fails
-IMPATIENT_S = 12.0  # for what is known to leave ranks waiting; twice as long as one collective may take
 
 
 def rows(num: int, *, seed: int) -> Tensor:
@@ -212,18 +211,18 @@ def test_error_on_one_rank_with_weights_counted_ahead_is_a_peer_error_on_the_oth
 @pytest.mark.parametrize("num_before", [0, 2], ids=["first window", "later window"])
 @pytest.mark.parametrize("where", ["count is negative", "count is a string", "count is None"])
 def test_count_of_no_weight_on_one_rank_is_a_peer_error_on_the_other(ranks, where, num_before):
-    check(ranks(2, IMPATIENT_S).run(failure, where, 1, num_before, True), 1, "LossError")
+    check(ranks(2).run(failure, where, 1, num_before, True), 1, "LossError")
 
 
 @pytest.mark.parametrize("num_before", [0, 2], ids=["first window", "later window"])
 @pytest.mark.parametrize(("where", "expected"), [("iterator", "Boom"), ("ragged micro-batch", "BatchError")])
 def test_error_in_the_micro_batches_of_one_rank_is_a_peer_error_on_the_other(ranks, where, expected, num_before):
-    check(ranks(2, IMPATIENT_S).run(failure, where, 1, num_before, False), 1, expected)
+    check(ranks(2).run(failure, where, 1, num_before, False), 1, expected)
 
 
 @pytest.mark.parametrize("num_before", [0, 2], ids=["first window", "later window"])
 def test_zero_grad_in_loss_fn_on_one_rank_is_a_peer_error_on_the_other(ranks, num_before):
-    check(ranks(2, IMPATIENT_S).run(failure, "zero_grad", 1, num_before, False), 1, "GradientError")
+    check(ranks(2).run(failure, "zero_grad", 1, num_before, False), 1, "GradientError")
 
 
 def all_fail(where: str) -> tuple[list[str | None], bool]:
@@ -267,7 +266,7 @@ def _double(param: Tensor) -> None:
 
 
 def test_gradient_replaced_in_a_window_is_refused_and_the_next_window_is_right(ranks):
-    for errors, off, same in ranks(2, IMPATIENT_S).run(gradient_replaced):
+    for errors, off, same in ranks(2).run(gradient_replaced):
         assert errors == [None, None, "GradientError", None, None]
         assert off <= 100 * EXACT  # AdamW's root multiplies rounding
         assert same
@@ -415,7 +414,7 @@ def test_fp16_overflow_on_one_rank_is_skipped_on_all_and_the_scale_agrees(ranks)
 
 def test_fp16_rank_without_samples_in_the_first_window_agrees_on_the_scale(ranks):
     expected = [(None, 256.0), ("overflow", 128.0), (None, 128.0), (None, 128.0), (None, 256.0), (None, 256.0)]
-    assert ranks(2, IMPATIENT_S).run(overflow, 1) == [expected] * 2
+    assert ranks(2).run(overflow, 1) == [expected] * 2
 
 
 # --- ranks that do not fit together ---
@@ -452,7 +451,7 @@ def terms_on_an_empty_rank(kind: str) -> tuple[str | None, float]:
 
 @pytest.mark.parametrize("kind", ["one named", "one named, counted", "two, counted"])
 def test_terms_of_a_loss_that_an_empty_rank_has_not_seen_are_no_obstacle(ranks, kind):
-    assert ranks(2, IMPATIENT_S).run(terms_on_an_empty_rank, kind) == [(None, 6.0)] * 2
+    assert ranks(2).run(terms_on_an_empty_rank, kind) == [(None, 6.0)] * 2
 
 
 def terms_differ(names: list[list[str]]) -> list[str | None]:

@@ -7,7 +7,7 @@ promise, EXACT, unless a test says otherwise; replicas are compared bit by bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -197,7 +197,7 @@ def events(overlap: bool) -> list[str]:
 
 
 @contextmanager
-def _noted(seen: list[str], what: str) -> Iterator[None]:
+def _noted(seen: list[str], what: str) -> Generator[None]:
     all_reduce = dist.all_reduce
 
     def noting(*args: Any, **kwargs: Any) -> Any:

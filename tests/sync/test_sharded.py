@@ -39,7 +39,7 @@ from tests.sync.windows import (
 pytestmark = pytest.mark.xdist_group("ranks")
 
 F64 = torch.float64
-IMPATIENT_S = 12.0  # for what is known to leave ranks waiting; twice as long as one collective may take
+IMPATIENT_S = 8.0  # for what is known to leave ranks waiting; twice as long as one collective may take
 POLICIES = {
     f"{'keep' if keep else 'reshard'}-{'last' if last else 'each'}": Policy(keep_parameters=keep, reduce_last=last)
     for keep in (False, True)
@@ -508,7 +508,7 @@ def called_with_none(policy: str) -> list[Any]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_step_none_on_some_ranks_or_all_is_a_share_of_no_samples(ranks, policy):
     of_one, of_none = (None, 3, True), ("no weight", 0, True)
-    for found in ranks(2, IMPATIENT_S).run(called_with_none, policy):
+    for found in ranks(2).run(called_with_none, policy):
         assert found == [of_one, of_one, (None, 6, True), of_none, of_one]
 
 
