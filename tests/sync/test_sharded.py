@@ -585,13 +585,13 @@ def test_window_batch_norm_statistics_are_the_same_on_all_ranks(ranks):
         assert same
 
 
-@pytest.mark.xfail(reason="running statistics see micro-batches of weight zero (known limit)", strict=False)
+@pytest.mark.xfail(reason="running statistics see micro-batches of weight zero (known limit)")
 def test_window_batch_norm_statistics_do_not_count_micro_batches_of_weight_zero(ranks):
     (tracked, _), _ = ranks(2).run(batch_norm, [[3, 9], [3, 3]])
     assert tracked == [1, 2]
 
 
-@pytest.mark.xfail(reason="BatchNorm refuses the one borrowed sample (known limit)", strict=False)
+@pytest.mark.xfail(reason="BatchNorm refuses the one borrowed sample (known limit)")
 def test_window_batch_norm_on_a_rank_without_samples_works(ranks):
     ranks(2, IMPATIENT_S).run(batch_norm, [[6, 0], [0, 3]])
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import NUM_SUMS, Tally
@@ -100,10 +102,17 @@ class ReplicatedSync(Sync):
                 expected="the whole of each parameter on every rank",
                 fix="shard it with fully_shard and let sync='auto' find that out; tensor parallelism is not supported",
             )
-        self._model = model
+        if any(isinstance(module, DistributedDataParallel | FullyShardedDataParallel) for module in model.modules()):
+            raise ArgumentError(
+                "model",
+                given="a module that synchronises a part of it by itself (DistributedDataParallel or FSDP1)",
+                expected="the plain model, or DistributedDataParallel around all of it",
+                fix="pass the module inside, or the wrapper itself",
+            )
         gradients.start()
         self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
         peers.check_layout(gradients, model)
+        self._model = model
         peers.broadcast([*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()])
 
     def header(self, num_parameters: int) -> int:
