@@ -689,3 +689,14 @@ def test_assert_unchanged_change_is_noticed(name):
         assert_unchanged(setup.model, setup.optimizer, setup.scheduler, setup.step),
     ):
         CHANGES[name](setup)
+
+
+def test_step_whose_parameters_moved_is_refused():
+    """Its batches would go to the device of old. "meta" stands for the one the model went to."""
+    model = torch.nn.Linear(6, 3)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    step = mb.TrainStep(model, optimizer, classes, micro_batch=3)
+    step(samples())
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(param.to("meta")) for param in model.parameters()]
+    with pytest.raises(ArgumentError, match="parameters on meta, of a step that was built for cpu"):
+        step(samples())

@@ -290,6 +290,14 @@ class TrainStep:
                 expected="gradients to compute",
                 fix="call the step outside of torch.inference_mode() and torch.no_grad()",
             )
+        device = self.optimizers[0].param_groups[0]["params"][0].device
+        if device != self._step.device:
+            raise ArgumentError(
+                "TrainStep",
+                given=f"parameters on {device}, of a step that was built for {self._step.device}",
+                expected="a model that stays where it was when the step was built",
+                fix="move the model first, then build optimizer and step",
+            )
         self._window.size = plan.num_micro_batches or sys.maxsize
         return self._step.run(micro_batches, plan)
 
