@@ -27,7 +27,7 @@ LAYERS = (
     ("train", "accelerate", "colossalai"),  # the doors
     ("arguments", "losses", "diagnose", "plan", "data", "checkpoint", "observe", "launch"),
     ("core.__init__",),
-    ("core.step",),
+    ("core.step", "core.accumulation"),
     ("core.update",),
     ("sync", "core.precision"),
     ("core.gradients", "core.result", "core.twopass"),

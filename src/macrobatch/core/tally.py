@@ -139,6 +139,14 @@ class Tally:
             )
         return tensors, seeds
 
+    def join(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Take in a further loss over the items that were admitted last, as if both had been added up before."""
+        (term,) = self.terms.values()
+        _, factor, weight = taken_apart(loss, 1)["loss"]._replace(factor=term.factors[-1], weight=term.weights[-1])
+        self._read = None
+        term.tensors[-1] = term.tensors[-1] + loss.detach()
+        return ([loss], [self._seed(term, loss, factor, weight).to(loss)]) if loss.requires_grad else ([], [])
+
     def rehearse(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
         """As `admit`, for a micro-batch that counts nothing: its backward starts from zero."""
         tensors = [part.tensor for part in taken_apart(output, num_samples).values() if part.tensor.requires_grad]
@@ -249,6 +257,28 @@ class Tally:
             for name, term in self.terms.items()
         }
         return self._read
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far, as tensors and plain values."""
+        return {
+            name: {
+                "expected": term.expected,
+                "rounded": term.rounded,
+                "losses": [tensor.detach().cpu() for tensor in term.tensors],
+                "factors": list(term.factors),
+                "weights": list(term.weights),
+            }
+            for name, term in self.terms.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on with a window that was begun elsewhere, with the scale that it was begun with."""
+        for name, saved in state.items():
+            losses = [loss.to(device) for loss in saved["losses"]]
+            like = losses[0] if losses else torch.zeros((), device=device)
+            term = _Term(saved["expected"], promised=False, rounded=saved["rounded"], seeds=self._seeds.like(like))
+            term.tensors, term.factors, term.weights = losses, list(saved["factors"]), list(saved["weights"])
+            self.terms[name] = term
 
     def first_nonfinite(self) -> int | None:
         """Index of the first micro-batch whose loss is NaN or infinite. Waits for the device."""

@@ -1,0 +1,428 @@
+"""A window whose micro-batches come one by one, from a loop that is not ours.
+
+The loop says where a micro-batch begins and ends, calls `backward` in it, and asks for the gradient when it wants to
+clip or to step; `core.step` is the counterpart that is handed a whole window. Both stand on the same parts.
+
+```text
+  enter ─▶ backward × n ─▶ leave        a micro-batch that is not the last: nothing else happens
+  enter ─▶ backward × n ─▶ [finish ─▶ clip* ─▶ lend* ] ─▶ leave     the last: leave finishes if nobody did
+  backward × n ─▶ finish …              outside of enter and leave: a window of one micro-batch
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from macrobatch.core.autograd import backward
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.loss import Loss, Weight
+from macrobatch.core.precision import Precision
+from macrobatch.core.tally import Seeds, Tally
+from macrobatch.core.weighting import Normalize, Plan
+from macrobatch.core.window import Window
+from macrobatch.errors import LossError, StateError, WindowError
+from macrobatch.sync.base import Sync
+
+__all__ = ["Accumulation"]
+
+
+class Accumulation:
+    """One window after the other, driven from outside.
+
+    Equivalent plain loop, if all micro-batches were alike:
+
+    ```python
+    for index, batch in enumerate(batches, start=1):
+        (loss_fn(model, batch) / window.size).backward()
+        if index % window.size == 0 or index == len(batches):
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    Args:
+        model: what is synchronised besides the gradients: its parameters at the start, its buffers.
+        gradients: of all that the window trains.
+        optimizers: called for those that the gradients are for, at the close of a window.
+        window: its size and its counters.
+        policy: called at the start of each window for what to divide by.
+        precision: for its loss scale; autocast is the loop's own business.
+        sync: how ranks agree.
+
+    ```pycon
+    >>> from macrobatch.core.weighting import Exact
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> accumulation = Accumulation(
+    ...     model,
+    ...     GradientBuffer(model.parameters),
+    ...     optimizers=lambda: [],
+    ...     window=Window(2),
+    ...     policy=Exact,
+    ...     precision=Precision(),
+    ...     sync=Sync(),
+    ... )
+    >>> for batch in (torch.tensor([[1.0]]), torch.tensor([[2.0], [6.0]])):
+    ...     with accumulation.micro_batch():
+    ...         accumulation.backward(model(batch).mean(), num_samples=len(batch))
+    >>> model.weight.grad  # (1 + 2 + 6) / 3
+    tensor([[3.]])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: GradientBuffer,
+        *,
+        optimizers: Callable[[], Sequence[Optimizer]],
+        window: Window,
+        policy: Callable[[], Normalize],
+        precision: Precision,
+        sync: Sync,
+    ) -> None:
+        self.gradients = gradients
+        self.window = window
+        self.precision = precision
+        self.sync = sync
+        self.skip: str | None = None
+        """Why the finished window must not become an update, if it must not: "no weight", "overflow", "given up"."""
+        self._model = model
+        self._optimizers = optimizers
+        self._policy = policy
+        self._seeds = Seeds()
+        self._tally: Tally | None = None
+        self._num_samples = 1
+        self._plan: Plan | None = None
+        self._is_weighted: bool | None = None
+        self._num_backwards = 0
+        self._is_inside = False
+        self._is_final = False
+        self._is_applied = False
+        self._has_begun = False
+        self._context: AbstractContextManager[Any] | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the current micro-batch is the last of its window."""
+        return self.window.is_closed
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a micro-batch has been entered and not left."""
+        return self._is_inside
+
+    @property
+    def is_final(self) -> bool:
+        """Whether every `.grad` is the window's gradient."""
+        return self._is_final
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a window has been begun and not finished."""
+        return not self._is_final and self.window.num_pending > 0
+
+    def begin(self) -> None:
+        """Make the ranks equal, at the latest before the first micro-batch's forward."""
+        if not self._has_begun:
+            self.sync.begin(self._model, self.gradients)
+            self._has_begun = True
+
+    @contextmanager
+    def micro_batch(self, *, end_of_data: bool = False) -> Generator[None]:
+        """`enter` and `leave`, or `fail`, as a context."""
+        self.enter(end_of_data=end_of_data)
+        try:
+            yield
+        except BaseException:
+            self.fail()
+            raise
+        self.leave()
+
+    def enter(self, *, end_of_data: bool = False) -> bool:
+        """A micro-batch begins. True if it is the last of its window.
+
+        Raises:
+            WindowError: another one has not ended.
+        """
+        if self._is_inside:
+            raise WindowError(
+                "a micro-batch",
+                given="one that begins within another of the same window",
+                expected="one after the other",
+                fix="leave the first block before the second; models trained apart have windows of their own",
+            )
+        self.settle()
+        is_last = self.window.admit(end_of_data=end_of_data)
+        self._is_inside = True
+        self._begin(is_last)
+        return is_last
+
+    def leave(self) -> None:
+        """The micro-batch is over. If it was the last, the gradient is finished, used or not."""
+        self._is_inside = False
+        if self.is_last:
+            self.finish()
+        self._end_context()
+
+    def fail(self) -> None:
+        """The micro-batch ended in an error. What this rank has of the window is given up; the others hear of it if
+        this was the last micro-batch, and else get a window without this rank's part."""
+        self._is_inside = False
+        self._end_context()
+        if not self.is_last:
+            self._empty()
+            return
+        if not self._is_final:
+            self._opened(None, 1)
+            self.sync.close(self.gradients, None)
+        self.window.discard()
+        self._forget()
+        self.gradients.clear()
+
+    def backward(self, loss: Tensor, *, weight: Weight | None = None, num_samples: int = 1, **options: Any) -> None:
+        """Add the gradient of a loss.
+
+        Several losses of one micro-batch add up as the losses would, and their samples count once.
+
+        Args:
+            loss: 0-d; a mean over the micro-batch's samples or, with a weight, a sum over `weight` items.
+            weight: number of items, >= 0, a number or a 0-d tensor; of several losses, the weights add up.
+            num_samples: of the micro-batch; ignored with a weight.
+            options: as for `torch.autograd.backward`.
+
+        Raises:
+            LossError: not a loss, or one of the window's losses has a weight and another has not.
+            WindowError: the window's gradient has been taken already.
+        """
+        if self._is_final and not self._is_inside:
+            self.settle()
+        if self._is_final:
+            raise WindowError(
+                "backward",
+                given="a loss for a window whose gradient has been clipped, or used in an update, already",
+                expected="all backwards of a micro-batch before the optimizer's step and before clipping",
+                fix="begin a new micro-batch for it: one accumulate block for each step of the optimizer",
+            )
+        if not self.window.num_pending:  # outside of a micro-batch: a window of its own
+            self.window.admit(end_of_data=True)
+            self._begin(is_last=True)
+        if self._is_weighted not in (None, weight is not None):
+            raise LossError(
+                "the loss",
+                given="some losses of a window with a weight, and others without",
+                expected="a weight with every one, or with none",
+                fix="pass weight= to every backward of the window; 0 for a term over items that are counted already",
+            )
+        tally = self._opened(weight, num_samples)
+        if weight is None and self._num_backwards:
+            tensors, seeds = tally.join(loss)
+        else:
+            output: Any = loss if weight is None else Loss(loss, weight)
+            tensors, seeds = tally.admit(output, self._num_samples)
+        self._is_weighted = weight is not None
+        self._num_backwards += 1
+        if not tensors:
+            return
+        seeds = self.precision.seeds(seeds)
+        if options:
+            torch.autograd.backward(tensors, seeds, **options)
+        else:
+            backward(tensors, seeds)
+
+    def finish(self) -> None:
+        """Make every `.grad` the window's gradient, over all ranks: once per window, at the first call.
+
+        Raises:
+            LossError: gradients, but no loss whose backward was counted.
+            PeerError: another rank failed.
+        """
+        if self._is_final or not self.window.num_pending:
+            return
+        if self._is_inside and not self.is_last:
+            raise WindowError(
+                "the gradient",
+                given="a request for it in a micro-batch that is not the last of its window",
+                expected="one in the last micro-batch, or after it",
+                fix="ask whether this micro-batch is the last before clipping or stepping",
+            )
+        self.window.finish()
+        self._end_context()
+        tally = self._opened(None, 1)
+        self.sync.close(self.gradients, tally)
+        self._is_final = True
+        weights = tally.weights()
+        used = any(slot.used for slot in self.gradients.slots)
+        if not weights and used:
+            raise LossError(
+                "the window",
+                given="gradients of a backward that nobody counted",
+                expected="every loss of the window to go through the same backward",
+                fix="replace loss.backward() by the accelerator's, engine's or accumulation's backward(loss)",
+            )
+        if not used or all(not isinstance(weight, Tensor) and not weight for weight in weights.values()):
+            self.skip = "no weight"
+            return
+        self.precision.unscale(self._optimizers())
+        factor = tally.correction(weights)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            self.gradients.scale_(factor)
+        if self.precision.rescales and not torch.isfinite(self.gradients.norm()):
+            self.skip = "overflow"
+
+    def clip_norm(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Finish, and scale the gradient down to a norm of at most `max_norm`. Returns its norm before, 0-d."""
+        self.finish()
+        norm = self.gradients.norm(norm_type)
+        self.gradients.scale_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    @contextmanager
+    def lent_to(self, optimizers: Sequence[Optimizer]) -> Generator[bool]:
+        """Finish, and give the gradients to these optimizers for the time of their step.
+
+        Yields:
+            Whether there is an update to make; False if the window is to be skipped.
+        """
+        self.finish()
+        if self.skip is not None:
+            yield False
+            return
+        with self.gradients.lent_to(optimizers):
+            yield True
+        self._is_applied = self._is_final
+
+    def discard(self) -> None:
+        """Give up what is pending: gradients, weights and the place in the window. A finished gradient is taken away.
+
+        Inside a micro-batch the place in the window stays, so that it still ends on all ranks together.
+        """
+        if self._is_inside and not self.is_last:
+            self._empty()
+            return
+        if self._is_inside:
+            self.finish()
+            self.skip = self.skip or "given up"
+        elif not self._is_final:
+            self._end_context()
+            self.window.discard()
+            self._forget()
+        self.gradients.clear()
+
+    def settle(self) -> None:
+        """Count a finished window as what it became: an update, or skipped."""
+        if not self._is_final or self._is_inside:
+            return
+        self.window.applied() if self._is_applied else self.window.skipped()
+        self.precision.update()
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window under way, gradients included, as tensors and plain values of this rank.
+
+        Raises:
+            WindowError: in a micro-batch.
+        """
+        if self._is_inside:
+            raise WindowError(
+                "state_dict",
+                given="a call from within a micro-batch",
+                expected="one between two micro-batches",
+                fix="save after the block of the micro-batch",
+            )
+        self.settle()
+        pending = None
+        if self._tally is not None and self.is_pending:
+            slots = self.gradients.slots
+            used = [slot.used or slot.local._version != slot.version for slot in slots]
+            pending = {
+                "tally": self._tally.state_dict(),
+                "is_weighted": self._is_weighted,
+                "gradients": [slot.local.clone() if use else None for slot, use in zip(slots, used, strict=True)],
+            }
+        return {"window": self.window.state_dict(), "precision": self.precision.state_dict(), "pending": pending}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a saved window was. Refused as a whole if a part does not fit.
+
+        Raises:
+            StateError: what is wrong with it.
+        """
+        self.settle()
+        self.gradients.start()
+        slots, pending = self.gradients.slots, state.get("pending") if isinstance(state, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+        saved = [None] * len(slots) if pending is None else pending["gradients"]
+        if set(state) != {"window", "precision", "pending"} or not _fit(saved, [slot.local for slot in slots]):
+            raise StateError(
+                "Accumulation.load_state_dict",
+                given=f"{len(saved)} gradients of shapes {[None if g is None else tuple(g.shape) for g in saved]:.100}"
+                if isinstance(saved, list) and not isinstance(saved, str)
+                else repr(saved)[:100],
+                expected=f"those of {len(slots)} parameters, as state_dict returned them",
+                fix="load what was saved with the same model and optimizer",
+            )
+        trial = Window(1)
+        trial.load_state_dict(state["window"])
+        self.precision.load_state_dict(state["precision"])
+        self.window.load_state_dict(state["window"])
+        self._forget()
+        if pending is None:
+            return
+        self._tally = Tally(self._policy(), guess=1.0, num_micro_batches=self.window.size, seeds=self._seeds)
+        self._tally.load_state_dict(pending["tally"], slots[0].local.device)
+        self._is_weighted = pending["is_weighted"]
+        for slot, gradient in zip(slots, saved, strict=True):
+            if gradient is not None:
+                slot.local.copy_(gradient)
+
+    def _opened(self, weight: Weight | None, num_samples: int) -> Tally:
+        """The window's tally, begun with its first loss."""
+        if not self._num_backwards:
+            self._num_samples = num_samples
+        if self._tally is None:
+            typical = num_samples if weight is None or isinstance(weight, Tensor) else weight
+            self._plan = self._plan or self.sync.plan(Plan(self.window.size, typical * self.window.size))
+            self.gradients.start()
+            self._tally = Tally(
+                self._policy(),
+                guess=self._plan.guess,
+                num_micro_batches=self._plan.num_micro_batches,
+                seeds=self._seeds,
+            )
+        return self._tally
+
+    def _empty(self) -> None:
+        """Take back what this rank has added to the window."""
+        self._tally = self._is_weighted = None
+        self._num_backwards = 0
+        self.gradients.clear()
+
+    def _begin(self, is_last: bool) -> None:
+        self.begin()
+        self._num_backwards = 0
+        self._context = self.sync.micro_batch(self.gradients, is_last=is_last)
+        self._context.__enter__()
+
+    def _end_context(self) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+    def _forget(self) -> None:
+        self._tally = self._is_weighted = self._plan = None
+        self._num_backwards = 0
+        self._is_final = self._is_applied = False
+        self.skip = None
+
+
+def _fit(saved: Sequence[Tensor | None], now: Sequence[Tensor]) -> bool:
+    return len(saved) == len(now) and all(
+        gradient is None or (gradient.shape == local.shape and gradient.dtype == local.dtype)
+        for gradient, local in zip(saved, now, strict=True)
+    )
