@@ -28,7 +28,7 @@ LAYERS = (
     ("arguments", "losses", "diagnose", "plan", "data", "checkpoint", "observe", "launch"),
     ("core.__init__",),
     ("core.step", "core.accumulation"),
-    ("core.update",),
+    ("core.update", "core.handover"),
     ("sync", "core.precision"),
     ("core.gradients", "core.result", "core.twopass"),
     ("core.tally",),

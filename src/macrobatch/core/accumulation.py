@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 
 from macrobatch.core.autograd import backward
 from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.handover import checked_pending, gradients_so_far
 from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision
 from macrobatch.core.tally import Seeds, Tally
 from macrobatch.core.weighting import Normalize, Plan
 from macrobatch.core.window import Window
-from macrobatch.errors import LossError, StateError, WindowError
+from macrobatch.errors import LossError, WindowError
 from macrobatch.sync.base import Sync
 
 __all__ = ["Accumulation"]
@@ -36,15 +37,8 @@ __all__ = ["Accumulation"]
 class Accumulation:
     """One window after the other, driven from outside.
 
-    Equivalent plain loop, if all micro-batches were alike:
-
-    ```python
-    for index, batch in enumerate(batches, start=1):
-        (loss_fn(model, batch) / window.size).backward()
-        if index % window.size == 0 or index == len(batches):
-            optimizer.step()
-            optimizer.zero_grad()
-    ```
+    Equivalent plain loop, if all micro-batches were alike: `(loss / window.size).backward()` for each of them, then
+    `optimizer.step()` and `optimizer.zero_grad()`.
 
     Args:
         model: what is synchronised besides the gradients: its parameters at the start, its buffers.
@@ -58,15 +52,8 @@ class Accumulation:
     ```pycon
     >>> from macrobatch.core.weighting import Exact
     >>> model = nn.Linear(1, 1, bias=False)
-    >>> accumulation = Accumulation(
-    ...     model,
-    ...     GradientBuffer(model.parameters),
-    ...     optimizers=lambda: [],
-    ...     window=Window(2),
-    ...     policy=Exact,
-    ...     precision=Precision(),
-    ...     sync=Sync(),
-    ... )
+    >>> parts = {"window": Window(2), "policy": Exact, "precision": Precision(), "sync": Sync()}
+    >>> accumulation = Accumulation(model, GradientBuffer(model.parameters), optimizers=list, **parts)
     >>> for batch in (torch.tensor([[1.0]]), torch.tensor([[2.0], [6.0]])):
     ...     with accumulation.micro_batch():
     ...         accumulation.backward(model(batch).mean(), num_samples=len(batch))
@@ -109,6 +96,11 @@ class Accumulation:
         self._context: AbstractContextManager[Any] | None = None
 
     @property
+    def is_held(self) -> bool:
+        """Whether a backward outside of a micro-batch is to be followed by more before the gradient is needed."""
+        return False
+
+    @property
     def is_last(self) -> bool:
         """Whether the current micro-batch is the last of its window."""
         return self.window.is_closed
@@ -136,7 +128,7 @@ class Accumulation:
 
     @contextmanager
     def micro_batch(self, *, end_of_data: bool = False) -> Generator[None]:
-        """`enter` and `leave`, or `fail`, as a context."""
+        """`enter`, then `leave` or `fail`."""
         self.enter(end_of_data=end_of_data)
         try:
             yield
@@ -156,7 +148,7 @@ class Accumulation:
                 "a micro-batch",
                 given="one that begins within another of the same window",
                 expected="one after the other",
-                fix="leave the first block before the second; models trained apart have windows of their own",
+                fix="leave the first block before the second",
             )
         self.settle()
         is_last = self.window.admit(end_of_data=end_of_data)
@@ -212,7 +204,7 @@ class Accumulation:
             )
         if not self.window.num_pending:  # outside of a micro-batch: a window of its own
             self.window.admit(end_of_data=True)
-            self._begin(is_last=True)
+            self._begin(is_last=not self.is_held)
         if self._is_weighted not in (None, weight is not None):
             raise LossError(
                 "the loss",
@@ -339,12 +331,10 @@ class Accumulation:
         self.settle()
         pending = None
         if self._tally is not None and self.is_pending:
-            slots = self.gradients.slots
-            used = [slot.used or slot.local._version != slot.version for slot in slots]
             pending = {
                 "tally": self._tally.state_dict(),
                 "is_weighted": self._is_weighted,
-                "gradients": [slot.local.clone() if use else None for slot, use in zip(slots, used, strict=True)],
+                "gradients": gradients_so_far(self.gradients),
             }
         return {"window": self.window.state_dict(), "precision": self.precision.state_dict(), "pending": pending}
 
@@ -356,17 +346,7 @@ class Accumulation:
         """
         self.settle()
         self.gradients.start()
-        slots, pending = self.gradients.slots, state.get("pending") if isinstance(state, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
-        saved = [None] * len(slots) if pending is None else pending["gradients"]
-        if set(state) != {"window", "precision", "pending"} or not _fit(saved, [slot.local for slot in slots]):
-            raise StateError(
-                "Accumulation.load_state_dict",
-                given=f"{len(saved)} gradients of shapes {[None if g is None else tuple(g.shape) for g in saved]:.100}"
-                if isinstance(saved, list) and not isinstance(saved, str)
-                else repr(saved)[:100],
-                expected=f"those of {len(slots)} parameters, as state_dict returned them",
-                fix="load what was saved with the same model and optimizer",
-            )
+        pending = checked_pending(state, self.gradients)
         trial = Window(1)
         trial.load_state_dict(state["window"])
         self.precision.load_state_dict(state["precision"])
@@ -375,9 +355,9 @@ class Accumulation:
         if pending is None:
             return
         self._tally = Tally(self._policy(), guess=1.0, num_micro_batches=self.window.size, seeds=self._seeds)
-        self._tally.load_state_dict(pending["tally"], slots[0].local.device)
+        self._tally.load_state_dict(pending["tally"], self.gradients.slots[0].local.device)
         self._is_weighted = pending["is_weighted"]
-        for slot, gradient in zip(slots, saved, strict=True):
+        for slot, gradient in zip(self.gradients.slots, pending["gradients"], strict=True):
             if gradient is not None:
                 slot.local.copy_(gradient)
 
@@ -419,10 +399,3 @@ class Accumulation:
         self._num_backwards = 0
         self._is_final = self._is_applied = False
         self.skip = None
-
-
-def _fit(saved: Sequence[Tensor | None], now: Sequence[Tensor]) -> bool:
-    return len(saved) == len(now) and all(
-        gradient is None or (gradient.shape == local.shape and gradient.dtype == local.dtype)
-        for gradient, local in zip(saved, now, strict=True)
-    )

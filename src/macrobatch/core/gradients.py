@@ -12,7 +12,7 @@ one: no hooks, nothing on the hot path.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -171,6 +171,13 @@ class GradientBuffer:
         for slot in self.slots:
             slot.param.grad = None
             slot.used = False
+
+    def empty(self, params: Collection[int]) -> None:
+        """Take back what a window has added to some parameters, given by their `id`."""
+        for slot in self.slots:
+            if id(slot.param) in params:
+                slot.local.zero_()
+                slot.version, slot.used = slot.local._version, False
 
     def norm(self, order: float = 2.0, *, dtype: torch.dtype | None = None) -> Tensor:
         """Norm of all gradients together, as a 0-d tensor on the first buffer's device; computed in `dtype`, or in

@@ -86,18 +86,24 @@ class Peers:
         dist.all_reduce(total, op, group=self.group)
         return total.tolist()
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the first rank's tensors to all, in one message per device and dtype."""
+    def broadcast(self, tensors: Iterable[Tensor], *, source: int = 0, spares_equal: bool = False) -> None:
+        """Copy one rank's tensors to all, in one message per device and dtype.
+
+        Args:
+            source: whose, by its number in the group.
+            spares_equal: do not write what is equal already, since a graph may still need it. Waits for the device.
+        """
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in {id(tensor): tensor for tensor in tensors if _is_dense(tensor)}.values():
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        source = source if self.group is None else dist.get_global_rank(self.group, source)
         with torch.no_grad():
             for members in groups.values():
                 whole = torch.cat([tensor.reshape(-1) for tensor in members])
                 dist.broadcast(torch.view_as_real(whole) if whole.is_complex() else whole, source, group=self.group)
                 for tensor, part in zip(members, whole.split([tensor.numel() for tensor in members]), strict=True):
-                    tensor.copy_(part.view(tensor.shape))
+                    if not (spares_equal and torch.equal(tensor, part.view(tensor.shape))):
+                        tensor.copy_(part.view(tensor.shape))
 
     def check_alike(self, numbers: Mapping[str, Tensor]) -> None:
         """Compare checksums over ranks.

@@ -113,7 +113,8 @@ class ReplicatedSync(Sync):
         self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
         peers.check_layout(gradients, model)
         self._model = model
-        peers.broadcast([*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()])
+        tensors = [*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()]
+        peers.broadcast(tensors, spares_equal=True)
 
     def header(self, num_parameters: int) -> int:
         """Room for: a rank failed; a gradient came late; the tally's sums; which parameters were used."""

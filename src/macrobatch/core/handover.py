@@ -1,0 +1,99 @@
+"""A window that was saved under way by some ranks, to be gone on with by another number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.errors import StateError
+
+__all__ = ["checked_pending", "gradients_so_far", "share_of"]
+
+
+def gradients_so_far(buffer: GradientBuffer) -> list[Tensor | None]:
+    """What a window has accumulated, one per parameter; None for those that it has not used yet."""
+    return [slot.local.clone() if slot.local._version != slot.version else None for slot in buffer.slots]
+
+
+def checked_pending(state: Mapping[str, Any], buffer: GradientBuffer) -> Mapping[str, Any] | None:
+    """What a saved `Accumulation.state_dict` has of a window under way, if it fits the buffer.
+
+    Raises:
+        StateError: it does not.
+    """
+    problem = None
+    pending = None
+    if not isinstance(state, Mapping) or set(state) != {"window", "precision", "pending"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+        problem = f"{state!r:.100}"
+    else:
+        pending = state["pending"]
+        gradients = [] if pending is None else list(pending["gradients"])
+        shapes = [None if gradient is None else (tuple(gradient.shape), gradient.dtype) for gradient in gradients]
+        places = [(tuple(slot.local.shape), slot.local.dtype) for slot in buffer.slots]
+        fits = len(shapes) == len(places) and all(a in (None, b) for a, b in zip(shapes, places, strict=True))
+        if pending is not None and not fits:
+            problem = f"{len(gradients)} gradients of other shapes or dtypes than the {len(places)} parameters"
+    if problem is not None:
+        raise StateError(
+            "Accumulation.load_state_dict",
+            given=problem,
+            expected="what state_dict returned, for the same parameters",
+            fix="load what was saved with the same model and optimizer",
+        )
+    return pending
+
+
+def share_of(states: Sequence[Mapping[str, Any]], *, rank: int, world_size: int) -> Mapping[str, Any]:
+    """What one rank gets of the `Accumulation.state_dict`s of all ranks that saved.
+
+    With as many ranks as then, its own. Otherwise the first rank gets the sum of all gradients and all weights, and
+    the others begin with nothing, on the same scale: the window's gradient is the same.
+
+    Args:
+        states: in the order of the ranks that saved them.
+        rank: of the one that asks.
+        world_size: number of ranks now.
+    """
+    if len(states) == world_size:
+        return states[rank]
+    begun = [state["pending"] for state in states if state["pending"] is not None]
+    if not begun:
+        return states[0]
+    pending = _merged(begun) if rank == 0 else _emptied(begun[0])
+    return {**states[0], "pending": pending}
+
+
+def _merged(begun: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = begun[0]
+    tally = {
+        name: {**term, **{key: _chained(begun, name, key) for key in ("losses", "factors", "weights")}}
+        for name, term in first["tally"].items()
+    }
+    gradients = [_sum(column) for column in zip(*(pending["gradients"] for pending in begun), strict=True)]
+    return {**first, "tally": tally, "gradients": gradients}
+
+
+def _chained(begun: Sequence[Mapping[str, Any]], name: str, key: str) -> list[Any]:
+    return [value for pending in begun if name in pending["tally"] for value in pending["tally"][name][key]]
+
+
+def _sum(column: Sequence[Tensor | None]) -> Tensor | None:
+    present = [gradient for gradient in column if gradient is not None]
+    return torch.stack(present).sum(0) if present else None
+
+
+def _emptied(first: Mapping[str, Any]) -> dict[str, Any]:
+    tally = {
+        name: {
+            **term,
+            "losses": [torch.zeros_like(loss) for loss in term["losses"][:1]],
+            "factors": [1.0],
+            "weights": [0.0],
+        }
+        for name, term in first["tally"].items()
+    }
+    return {**first, "tally": tally, "gradients": [None] * len(first["gradients"])}
