@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import cProfile
+import importlib
 import pstats
 import warnings
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def main() -> None:
         "TrainStep": train_step(copy.deepcopy(model), x_BC, y_B, {}),
         "TrainStep, clip_norm": train_step(copy.deepcopy(model), x_BC, y_B, {"clip_norm": 1e9}),
         "TrainStep, nonfinite=ignore": train_step(copy.deepcopy(model), x_BC, y_B, {"nonfinite": "ignore"}),
-        "Accelerate": accelerate(copy.deepcopy(model), x_BC, y_B),
+        "macrobatch.accelerate": accelerate(copy.deepcopy(model), x_BC, y_B, "macrobatch.accelerate"),
+        "Accelerate": accelerate(copy.deepcopy(model), x_BC, y_B, "accelerate"),
         "Lightning Fabric": fabric(copy.deepcopy(model), x_BC, y_B),
     }
     if options.profile:
@@ -81,10 +83,10 @@ def train_step(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor, options:
     return lambda: step((x_BC, y_B))
 
 
-def accelerate(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor) -> Callable[[], object]:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(gradient_accumulation_steps=NUM_MICRO_BATCHES, cpu=x_BC.device.type == "cpu")
+def accelerate(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor, package: str) -> Callable[[], object]:
+    accelerator = importlib.import_module(package).Accelerator(
+        gradient_accumulation_steps=NUM_MICRO_BATCHES, cpu=x_BC.device.type == "cpu"
+    )
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
 
     def update() -> None:

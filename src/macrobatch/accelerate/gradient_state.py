@@ -49,6 +49,7 @@ class GradientState:
         if gradient_accumulation_plugin is not None or owner is not None:
             shared["owner"] = weakref.ref(self)
         self._sync_gradients = True
+        self.is_held = False
 
     @property
     def initialized(self) -> bool:
@@ -70,7 +71,12 @@ class GradientState:
     @property
     def adjust_scheduler(self) -> bool:
         """Whether schedulers move with every micro-batch instead of with every update."""
-        return bool(getattr(self._of_owner()._plugin, "adjust_scheduler", False))
+        return bool(self.plugin_kwargs.get("adjust_scheduler", False))
+
+    @property
+    def normalize(self) -> str:
+        """What a window's gradient is divided by: "exact", "uniform" or "constant"."""
+        return getattr(self._of_owner()._plugin, "normalize", "exact")
 
     @property
     def sync_with_dataloader(self) -> bool:
@@ -88,7 +94,14 @@ class GradientState:
         return self._of_owner()._sync_gradients
 
     def _set_sync_gradients(self, sync_gradients: bool) -> None:
-        self._of_owner()._sync_gradients = sync_gradients
+        """Of a loop that decides by itself which micro-batch is the last: no step, no sync, until it is True."""
+        owner = self._of_owner()
+        owner._sync_gradients, owner.is_held = sync_gradients, not sync_gradients
+
+    def show(self, sync_gradients: bool) -> None:
+        """What a window found for its micro-batch; its accelerator is now the one in use."""
+        self._sync_gradients = sync_gradients
+        GradientState._shared_state["owner"] = weakref.ref(self)
 
     @property
     def is_xla_gradients_synced(self) -> bool:

@@ -246,18 +246,21 @@ class Accumulation:
             )
         self.window.finish()
         self._end_context()
+        is_uncounted = self._tally is None and self.gradients.holds_strays()
         tally = self._opened(None, 1)
-        self.sync.close(self.gradients, tally)
-        self._is_final = True
-        weights = tally.weights()
-        used = any(slot.used for slot in self.gradients.slots)
-        if not weights and used:
+        self.sync.close(self.gradients, None if is_uncounted else tally)
+        if is_uncounted:
+            self.window.discard()
+            self._forget()
             raise LossError(
                 "the window",
                 given="gradients of a backward that nobody counted",
                 expected="every loss of the window to go through the same backward",
                 fix="replace loss.backward() by the accelerator's, engine's or accumulation's backward(loss)",
             )
+        self._is_final = True
+        weights = tally.weights()
+        used = any(slot.used for slot in self.gradients.slots)
         if not used or all(not isinstance(weight, Tensor) and not weight for weight in weights.values()):
             self.skip = "no weight"
             return

@@ -172,6 +172,11 @@ class GradientBuffer:
             slot.param.grad = None
             slot.used = False
 
+    def holds_strays(self) -> bool:
+        """Whether a parameter has a gradient that is not its place in the buffer."""
+        views = {id(slot.param): slot.view for slot in self.slots}
+        return any(p.grad is not None and p.grad is not views.get(id(p)) for p in self._parameters())
+
     def empty(self, params: Collection[int]) -> None:
         """Take back what a window has added to some parameters, given by their `id`."""
         for slot in self.slots:

@@ -1,0 +1,350 @@
+"""The `Accelerator` of scripts that were written for Hugging Face Accelerate, on the core's windows."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from macrobatch.accelerate.checkpointing import Checkpoints
+from macrobatch.accelerate.gradient_state import GradientState
+from macrobatch.accelerate.joining import joined
+from macrobatch.accelerate.optimizer import AcceleratedOptimizer
+from macrobatch.accelerate.preparation import Preparation
+from macrobatch.accelerate.processes import Processes
+from macrobatch.accelerate.scheduler import AcceleratedScheduler
+from macrobatch.accelerate.settings import read_settings
+from macrobatch.accelerate.state import AcceleratorState
+from macrobatch.accelerate.tracking import Tracking
+from macrobatch.accelerate.utils.dataclasses import AutocastKwargs, ProfileKwargs
+from macrobatch.accelerate.utils.memory import release_memory
+from macrobatch.accelerate.windows import FedWindow, Windows, restricted
+from macrobatch.core.handover import share_of
+from macrobatch.core.loss import Weight
+from macrobatch.core.precision import Fp16, Precision
+from macrobatch.errors import LossError, WindowError
+
+__all__ = ["Accelerator"]
+
+
+class Accelerator(Processes, Preparation, Checkpoints, Tracking):
+    """Runs a training script in one process or many; its windows are exact.
+
+    Equivalent plain loop, for micro-batches of equal size:
+
+    ```python
+    for index, (inputs, targets) in enumerate(loader):
+        loss = loss_fn(model(inputs), targets) / gradient_accumulation_steps
+        loss.backward()
+        if (index + 1) % gradient_accumulation_steps == 0 or index + 1 == len(loader):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    ```
+
+    Arguments, names and defaults are those of `accelerate.Accelerator` 1.15
+    (https://huggingface.co/docs/accelerate/package_reference/accelerator); what differs is in "Compatibility".
+
+    Args:
+        gradient_accumulation_steps: micro-batches per update and rank, an integer >= 1.
+        gradient_accumulation_plugin: more settings of that, `normalize=` among them.
+        settings: all the others, by their original names.
+
+    Raises:
+        ValueError: an argument is out of its domain, unknown, or belongs to what is not supported.
+
+    ```pycon
+    >>> from torch.utils.data import DataLoader
+    >>> accelerator = Accelerator(gradient_accumulation_steps=2)
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> loader = DataLoader(torch.arange(1.0, 6.0).view(5, 1), batch_size=1)
+    >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    >>> gradients = []
+    >>> for batch in loader:
+    ...     with accelerator.accumulate(model):
+    ...         accelerator.backward(model(batch).mean())
+    ...         if accelerator.sync_gradients:
+    ...             gradients.append(float(accelerator.clip_grad_norm_(model.parameters(), 100.0)))
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> gradients  # (1 + 2) / 2, (3 + 4) / 2, and 5 / 1 in the short last window
+    [1.5, 3.5, 5.0]
+
+    ```
+    """
+
+    def __init__(
+        self,
+        device_placement: bool = True,
+        split_batches: Any = None,
+        mixed_precision: Any = None,
+        gradient_accumulation_steps: int = 1,
+        cpu: bool = False,
+        dataloader_config: Any = None,
+        deepspeed_plugin: Any = None,
+        fsdp_plugin: Any = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
+        rng_types: Any = None,
+        log_with: Any = None,
+        project_dir: Any = None,
+        project_config: Any = None,
+        gradient_accumulation_plugin: Any = None,
+        step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: Any = None,
+        dynamo_backend: Any = None,
+        dynamo_plugin: Any = None,
+        deepspeed_plugins: Any = None,
+        parallelism_config: Any = None,
+    ) -> None:
+        self.settings = options = read_settings(locals())
+        self.state = AcceleratorState(
+            mixed_precision=options.mixed_precision,
+            cpu=options.cpu,
+            dynamo_plugin=options.dynamo_plugin,
+            fsdp_plugin=options.fsdp_plugin,
+            _from_accelerator=True,
+            **options.init_kwargs,
+        )
+        Processes.__init__(self)
+        self.gradient_state = GradientState(options.gradient_accumulation_plugin, owner=self)
+        self.project_configuration = options.project_configuration
+        self.device_placement = options.device_placement
+        self.dataloader_config = options.dataloader_config
+        self.step_scheduler_with_optimizer = options.step_scheduler_with_optimizer
+        self.rng_types = options.rng_types
+        self.native_amp = self.mixed_precision in ("bf16", "fp16") and (
+            self.mixed_precision == "bf16" or self.device.type != "cpu"
+        )
+        self.scaler = None
+        if self.native_amp and self.mixed_precision == "fp16":
+            self.scaler = torch.amp.GradScaler(self.device.type, **options.scaler_kwargs)
+        self._models: list[nn.Module] = []
+        self._optimizers: list[AcceleratedOptimizer] = []
+        self._schedulers: list[AcceleratedScheduler] = []
+        self._dataloaders: list[Any] = []
+        self._custom_objects: list[Any] = []
+        self._windows = Windows(self.gradient_state, self._make_precision, self.num_processes)
+        self._inside: list[FedWindow] = []
+        self._setup_tracking(options.log_with)
+
+    # --- accumulation ---
+
+    def accumulate(self, *models: Any) -> AbstractContextManager[Any]:
+        """Context of one micro-batch: whatever is in it, any number of forwards and backwards in any order.
+
+        Args:
+            models: what is trained. Models named together share a window; a generator and a discriminator, named in
+                blocks of their own, have one each.
+        """
+        return self._block(self._windows.of(models))
+
+    @contextmanager
+    def _block(self, window: FedWindow) -> Generator[None]:
+        self._inside.append(window)
+        try:
+            with window:
+                yield
+        finally:
+            self._inside.pop()
+
+    def backward(self, loss: Tensor, weight: Weight | None = None, **kwargs: Any) -> None:
+        """Add a loss's gradient to the window.
+
+        Args:
+            loss: a mean over the micro-batch's samples (which the prepared loader has counted); with `weight`, a sum
+                over that many items.
+            weight: items that the loss is a sum over, for instance `(labels != -100).sum()` tokens: then the window's
+                gradient is that of the mean over all its tokens, on all ranks.
+            kwargs: as for `torch.Tensor.backward`.
+        """
+        if not isinstance(loss, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise LossError("backward", given=repr(loss), expected="a tensor", fix="pass the loss itself, not .item()")
+        window = self._inside[-1] if self._inside else self._windows.of(())
+        if not self._inside and not window.is_pending:
+            window.settle()
+            window.take_batch()
+            self.gradient_state._sync_gradients = not self.gradient_state.is_held  # pyright: ignore[reportPrivateUsage]
+        if loss.ndim and loss.numel() == 1:
+            loss = loss.reshape(())
+        if self.scaler is None and len(self._windows.all) < 2 and not kwargs:
+            window.backward(loss, weight=weight, num_samples=window.num_rows)
+        else:
+            options = {**restricted(window, self._windows), **kwargs}
+            window.backward(loss, weight=weight, num_samples=window.num_rows, **options)
+        if not self._inside and not window.optimizers and not window.is_held:
+            window.finish()  # a script that steps an optimizer of its own has to find the gradient there
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether this micro-batch is the last of its window: gradients are final, `step` steps."""
+        return self.gradient_state.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, sync_gradients: bool) -> None:
+        self.gradient_state._set_sync_gradients(sync_gradients)  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of a full window; may be set, for the window after the next micro-batch's."""
+        return self.gradient_state.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, gradient_accumulation_steps: int) -> None:
+        self.settings.set_num_steps(gradient_accumulation_steps)
+
+    @property
+    def step(self) -> int:
+        """Micro-batches in the window that was used last."""
+        windows = self._windows.all
+        return windows[-1].window.num_pending if windows else 0
+
+    @contextmanager
+    def no_sync(self, model: Any) -> Generator[None]:
+        """Context whose backwards stay on this rank, to be reduced with a later one."""
+        windows = self._windows.all or [self._windows.of(())]
+        for window in windows:
+            window.num_holds += 1
+        own = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+        try:
+            with own():
+                yield
+        finally:
+            for window in windows:
+                window.num_holds -= 1
+
+    @staticmethod
+    @contextmanager
+    def trigger_sync_in_backward(model: Any) -> Generator[None]:
+        """Context of a backward that reduces although its forward was under `no_sync`. Only DDP decides in the
+        forward; everything else needs nothing."""
+        if not isinstance(model, DistributedDataParallel):
+            yield
+            return
+        before = model.require_backward_grad_sync, model.require_forward_param_sync
+        model.require_backward_grad_sync = model.require_forward_param_sync = True
+        model.reducer.prepare_for_backward([])
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync, model.require_forward_param_sync = before
+
+    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
+        """Context in which ranks may run out of data at different times: those that have none take part in the
+        others' windows with nothing, and are brought level at the end. On CPUs, too."""
+        return joined(self._windows, self._dataloaders, self, even_batches=even_batches)
+
+    # --- the finished gradient ---
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """Clip the norm of the window's gradient; returns the norm before. In a micro-batch that is not the last of
+        its window, nothing is clipped and the norm so far is returned.
+
+        Args:
+            parameters: a tensor or an iterable of them: those of one or several windows, or some of them.
+        """
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        windows = self._concerned(params)
+        if windows is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
+        for window in windows:
+            window.finish()
+            if len(windows) == 1 and {id(p) for p in params} >= {id(slot.param) for slot in window.gradients.slots}:
+                return window.clip_norm(max_norm, norm_type)
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clip the elements of the window's gradient, once it is complete."""
+        params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        windows = self._concerned(params)
+        if windows is not None:
+            for window in windows:
+                window.finish()
+            torch.nn.utils.clip_grad_value_(params, clip_value)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """Make gradients final, without fp16's loss scale: those of an optimizer or of a list of them, or all."""
+        wanted = self._optimizers if optimizer is None else optimizer
+        for each in wanted if isinstance(wanted, list | tuple) else [wanted]:
+            window = self._windows.of_optimizer(getattr(each, "optimizer", each))
+            if not window.is_pending or window.is_last:
+                window.finish()
+
+    def _concerned(self, params: Sequence[Tensor]) -> list[FedWindow] | None:
+        """Windows that these parameters belong to; None if one of them is not complete yet."""
+        ids = {id(param) for param in params}
+        found = [w for w in self._windows.all if any(id(slot.param) in ids for slot in w.gradients.slots)]
+        return None if any(window.is_pending and not window.is_last for window in found) else found
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether any optimizer's last full window made no update."""
+        return any(optimizer.step_was_skipped for optimizer in self._optimizers)
+
+    def _make_precision(self) -> Precision:
+        if self.scaler is None:
+            return Precision()
+        if not self._windows.all:
+            return Fp16(self.device.type, self.scaler)
+        return Fp16(self.device.type, torch.amp.GradScaler(self.device.type, **self.settings.scaler_kwargs))
+
+    # --- saving, freeing, watching ---
+
+    def _pending_state(self) -> dict[str, Any]:
+        for window in self._windows.all:
+            if window.is_inside:
+                raise WindowError(
+                    "save_state",
+                    given="a call within an accumulate block",
+                    expected="one between two micro-batches",
+                    fix="save after the block",
+                )
+        return {"windows": [window.state_dict() for window in self._windows.all]}
+
+    def _load_pending_state(self, states: Sequence[dict[str, Any]]) -> None:
+        saved = [state["windows"] for state in states]
+        windows = self._windows.all or ([self._windows.of(())] if self._optimizers or self._models else [])
+        for index, window in enumerate(windows[: len(saved[0])]):
+            state = share_of([each[index] for each in saved], rank=self.process_index, world_size=self.num_processes)
+            window.load_state_dict(state)
+
+    def free_memory(self, *objects: Any) -> list[Any]:
+        """Let go of everything prepared, and of the objects given. Returns as many None."""
+        self._windows.clear()
+        for held in (self._models, self._optimizers, self._schedulers, self._dataloaders):
+            held.clear()
+        gc.collect()
+        return release_memory(*objects)
+
+    def clear(self, *objects: Any) -> list[Any]:
+        """`free_memory`."""
+        return self.free_memory(*objects)
+
+    @contextmanager
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Generator[None]:
+        """Context of the precision asked for; does nothing in full precision."""
+        options = self.settings.autocast_kwargs if autocast_handler is None else autocast_handler.to_kwargs()
+        if not self.native_amp:
+            yield
+            return
+        half = torch.bfloat16 if self.mixed_precision == "bf16" else torch.float16
+        with torch.autocast(self.device.type, dtype=half, **options):
+            yield
+
+    @contextmanager
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> Generator[Any]:
+        """Context of a `torch.profiler.profile`; a Chrome trace per rank if the handler has an `output_trace_dir`."""
+        handler = profile_handler or self.settings.profile_handler or ProfileKwargs()
+        with handler.build() as profiler:
+            yield profiler
+        if handler.output_trace_dir is not None:
+            os.makedirs(handler.output_trace_dir, exist_ok=True)
+            profiler.export_chrome_trace(os.path.join(handler.output_trace_dir, f"profile_{self.process_index}.json"))
+        self.wait_for_everyone()

@@ -1,0 +1,91 @@
+"""Ranks that run out of data at different times: who has none left takes part in the others' windows with nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from macrobatch.accelerate.windows import FedWindow, Windows
+from macrobatch.core.weighting import Plan
+from macrobatch.sync.peers import Peers
+
+__all__ = ["joined"]
+
+
+class _Roll:
+    """Calls the roll at the start of every window: is there a rank that still has data?"""
+
+    def __init__(self, window: FedWindow) -> None:
+        self._window = window
+        self._plan = window.sync.plan
+        self._is_here = True
+
+    def call(self) -> bool:
+        """Whether any rank is here. All ranks call together."""
+        here = torch.tensor(float(self._is_here), device=self._window.parameters()[0].device)
+        dist.all_reduce(here)
+        return bool(here.item())
+
+    def plan(self, plan: Plan) -> Plan:
+        """In place of the sync's own."""
+        if self._is_here:
+            self.call()
+        return self._plan(plan)
+
+    def follow(self) -> None:
+        """Without data: take part in windows until nobody has any."""
+        self._window.settle()
+        self._window.discard()
+        self._is_here = False
+        while self.call():
+            self._window.enter(end_of_data=True)
+            self._window.leave()
+
+
+@contextmanager
+def joined(windows: Windows, loaders: Sequence[Any], accelerator: Any, *, even_batches: bool | None) -> Generator[None]:
+    """The context of `Accelerator.join_uneven_inputs`.
+
+    At its end the rank that made the most updates hands on parameters, module buffers, and the state of optimizers and
+    schedulers, so that all go on from one state.
+    """
+    samplers = [getattr(loader, "batch_sampler", None) for loader in loaders]
+    samplers = [sampler for sampler in samplers if hasattr(sampler, "even_batches")]
+    before = [sampler.even_batches for sampler in samplers]
+    if accelerator.num_processes == 1:
+        yield
+        return
+    for sampler in samplers if even_batches is not None else ():
+        sampler.even_batches = even_batches
+    window = windows.of(())
+    window.begin()
+    roll = _Roll(window)
+    window.sync.plan = roll.plan
+    try:
+        yield
+        roll.follow()
+        _level(window, accelerator)
+    finally:
+        del window.sync.plan
+        for sampler, was_even in zip(samplers, before, strict=True):
+            sampler.even_batches = was_even
+
+
+def _level(window: FedWindow, accelerator: Any) -> None:
+    window.settle()
+    counts: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(counts, window.window.num_updates)
+    source = counts.index(max(counts))
+    model_tensors = [tensor for model in window.models for tensor in (*model.parameters(), *model.buffers())]
+    Peers(None, accelerator.device).broadcast([*window.parameters(), *model_tensors], source=source)
+    holders = [*accelerator._optimizers, *accelerator._schedulers]
+    states = [[holder.state_dict() for holder in holders] if accelerator.process_index == source else None]
+    dist.broadcast_object_list(states, source)
+    if accelerator.process_index != source and states[0] is not None:
+        for holder, state in zip(holders, states[0], strict=True):
+            holder.load_state_dict(state)
+    window.window.num_updates = counts[source]

@@ -1,0 +1,216 @@
+"""Which window a micro-batch belongs to: what is trained together has one, fed by the loaders that are being read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from macrobatch.accelerate.gradient_state import GradientState, Reading
+from macrobatch.core.accumulation import Accumulation
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.precision import Precision
+from macrobatch.core.weighting import Constant, Normalize, make_policy
+from macrobatch.core.window import Window
+from macrobatch.errors import WindowError
+from macrobatch.sync import make_sync
+
+__all__ = ["FedWindow", "Windows", "restricted"]
+
+
+class FedWindow(Accumulation):
+    """A window, and what it knows of the loaders that feed it. As a context, one micro-batch of it."""
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        *,
+        state: GradientState,
+        precision: Precision,
+        world_size: int,
+    ) -> None:
+        model = models[0] if len(models) == 1 else nn.ModuleList(models)
+        sync = make_sync("auto", model)
+        self.optimizers = list(optimizers)
+        self.models = list(models)
+        self.state = state
+        self.num_rows = 1
+        self.num_holds = 0
+        self._world_size = world_size
+        self._serial = self._serial_before = 0
+        self._num_entries = 0
+        self._num_entries_before = 1.0
+        """Micro-batches made of each row of the loader's batch before: more than one if the loop cuts it up."""
+        super().__init__(
+            model,
+            GradientBuffer(self.parameters, header=sync.header, widens=sync.widens),
+            optimizers=lambda: self.optimizers,
+            window=Window(state.num_steps),
+            policy=self._normalize,
+            precision=precision,
+            sync=sync,
+        )
+
+    def parameters(self) -> list[Tensor]:
+        """Those of its optimizers or, without one, of its models."""
+        if self.optimizers:
+            return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [param for model in self.models for param in model.parameters()]
+
+    @property
+    def is_held(self) -> bool:
+        """More is to come in `no_sync`, while `sync_gradients` is set to False, or for another optimizer."""
+        return self.num_holds > 0 or self.state.is_held or len(self.optimizers) > 1
+
+    @property
+    def has_lost_its_loader(self) -> bool:
+        """Whether the loader that fed the pending micro-batches is not being read any more."""
+        return self._serial > 0 and not any(reading.serial >= self._serial for reading in self.state.readings)
+
+    def __enter__(self) -> FedWindow:
+        self.take_batch()
+        self.window.size = self.state.num_steps
+        is_last = self.enter(end_of_data=self.state.sync_with_dataloader and self._ends_here())
+        self.state.show(is_last)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.leave()
+        else:
+            self.fail()
+
+    def take_batch(self) -> None:
+        """Notice which batch is at hand, and how often it has been used."""
+        fresh = self._fresh()
+        if fresh:
+            self._num_entries_before = max(self._num_entries, 1) / max(self.num_rows, 1)
+            if not self._serial:
+                self._num_entries_before = 0.0
+            self._num_entries = 0
+            self._serial_before = self._serial
+            self._serial = max(reading.serial for reading in fresh)
+            self.num_rows = max(fresh[0].num_rows, 1)
+        self._num_entries += 1
+
+    def _fresh(self) -> list[Reading]:
+        return [reading for reading in self.state.readings if reading.serial > self._serial]
+
+    def _ends_here(self) -> bool:
+        """Whether this micro-batch is the last of a loader: of its last batch or, if the loop cuts batches up, of as
+        many as the batch before was cut into."""
+        current = [reading for reading in self.state.readings if reading.serial > self._serial_before]
+        expected = math.ceil(self._num_entries_before * self.num_rows)
+        return self._num_entries >= expected and any(reading.is_at_end for reading in current)
+
+    def _normalize(self) -> Normalize:
+        normalize = self.state.normalize
+        if normalize == "constant":
+            return Constant(self.window.size * self._world_size)
+        return make_policy(normalize)
+
+
+class Windows:
+    """The windows of one accelerator: one for all that is trained, or one for each set of models named together.
+
+    Args:
+        state: settings of accumulation.
+        precision: called for the loss scale of a new window.
+        world_size: number of processes.
+    """
+
+    def __init__(self, state: GradientState, precision: Callable[[], Precision], world_size: int) -> None:
+        self.state = state
+        self.models: list[nn.Module] = []
+        self.optimizers: list[Optimizer] = []
+        self._precision = precision
+        self._world_size = world_size
+        self._made: dict[frozenset[int], FedWindow] = {}
+        self._known: dict[tuple[int, ...], FedWindow] = {}
+
+    @property
+    def all(self) -> list[FedWindow]:
+        """Those that exist."""
+        return list(self._made.values())
+
+    def add(self, *, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> None:
+        """Something more is trained. What windows there are stay for as long as they are asked for."""
+        if model is not None and not any(model is known for known in self.models):
+            self.models.append(model)
+        if optimizer is not None and not any(optimizer is known for known in self.optimizers):
+            self.optimizers.append(optimizer)
+        self._known.clear()
+
+    def of(self, models: tuple[Any, ...]) -> FedWindow:
+        """The window of these models and of the optimizers that train them; without models, of everything."""
+        key = tuple(map(id, models))
+        if key not in self._known:
+            self._known[key] = self._find(models)
+        return self._known[key]
+
+    def of_optimizer(self, optimizer: Optimizer) -> FedWindow:
+        """The window that an optimizer steps for."""
+        for window in self._made.values():
+            if any(optimizer is known for known in window.optimizers):
+                return window
+        return self.of(())
+
+    def clear(self) -> None:
+        """Forget all models, optimizers and windows; gradients are given back."""
+        for window in self._made.values():
+            window.gradients.release()
+        self._made.clear()
+        self._known.clear()
+        self.models.clear()
+        self.optimizers.clear()
+
+    def _find(self, models: tuple[Any, ...]) -> FedWindow:
+        named = [model for model in models if isinstance(model, nn.Module)]
+        ids = {id(param) for model in named for param in model.parameters()}
+        optimizers = [optimizer for optimizer in self.optimizers if ids & _ids_of(optimizer)]
+        if not optimizers:
+            optimizers = self.optimizers
+        if len(optimizers) == len(self.optimizers):
+            named = self.models or named
+        key = frozenset(map(id, optimizers or named))
+        if key not in self._made:
+            for other in [other for other in self._made if other & key or not other or not key]:
+                self._retire(other)
+            self._made[key] = FedWindow(
+                named, optimizers, state=self.state, precision=self._precision(), world_size=self._world_size
+            )
+            self._made[key].begin()
+        return self._made[key]
+
+    def _retire(self, key: frozenset[int]) -> None:
+        window = self._made[key]
+        window.settle()
+        if window.is_inside or window.is_pending:
+            raise WindowError(
+                "accumulate",
+                given="models that belong to another window, which is under way, too",
+                expected="windows that share nothing, or one after the other",
+                fix="name the same models in every accumulate block, or call optimizer.zero_grad() in between",
+            )
+        window.gradients.release()
+        del self._made[key]
+        self._known.clear()
+
+
+def _ids_of(optimizer: Optimizer) -> set[int]:
+    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+
+
+def restricted(window: FedWindow, windows: Windows) -> dict[str, Any]:
+    """What keeps a backward out of the gradients of other windows, if there are others."""
+    if len(windows.all) < 2:
+        return {}
+    params = [param for param in window.parameters() if param.requires_grad]
+    return {"inputs": params} if params else {}
