@@ -1,9 +1,10 @@
 """guide_accelerate.py, with `macrobatch.` in front of the import: the short last window is now exact."""
 
 import torch
-from macrobatch.accelerate import Accelerator
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
+
+from macrobatch.accelerate import Accelerator
 
 torch.manual_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=4)

@@ -29,6 +29,7 @@ from macrobatch.core.handover import share_of
 from macrobatch.core.loss import Weight
 from macrobatch.core.precision import Fp16, Precision
 from macrobatch.errors import LossError, WindowError
+from macrobatch.sync import LocalSync
 
 __all__ = ["Accelerator"]
 
@@ -114,6 +115,7 @@ class Accelerator(Processes, Preparation, Checkpoints, Tracking):
             **options.init_kwargs,
         )
         Processes.__init__(self)
+        Checkpoints.__init__(self)
         self.gradient_state = GradientState(options.gradient_accumulation_plugin, owner=self)
         self.project_configuration = options.project_configuration
         self.device_placement = options.device_placement
@@ -219,6 +221,18 @@ class Accelerator(Processes, Preparation, Checkpoints, Tracking):
         finally:
             for window in windows:
                 window.num_holds -= 1
+
+    @contextmanager
+    def kept_apart(self) -> Generator[None]:
+        """Context whose windows stay on their rank, for training that averages parameters instead of gradients."""
+        window = self._windows.of(())
+        window.settle()
+        sync, window.sync = window.sync, LocalSync()
+        try:
+            yield
+        finally:
+            window.settle()
+            window.sync = sync
 
     @staticmethod
     @contextmanager

@@ -134,6 +134,7 @@ class Windows:
         self._world_size = world_size
         self._made: dict[frozenset[int], FedWindow] = {}
         self._known: dict[tuple[int, ...], FedWindow] = {}
+        self._by_optimizer: dict[int, FedWindow] = {}
 
     @property
     def all(self) -> list[FedWindow]:
@@ -146,7 +147,7 @@ class Windows:
             self.models.append(model)
         if optimizer is not None and not any(optimizer is known for known in self.optimizers):
             self.optimizers.append(optimizer)
-        self._known.clear()
+        self._forget_answers()
 
     def of(self, models: tuple[Any, ...]) -> FedWindow:
         """The window of these models and of the optimizers that train them; without models, of everything."""
@@ -157,19 +158,24 @@ class Windows:
 
     def of_optimizer(self, optimizer: Optimizer) -> FedWindow:
         """The window that an optimizer steps for."""
-        for window in self._made.values():
-            if any(optimizer is known for known in window.optimizers):
-                return window
-        return self.of(())
+        window = self._by_optimizer.get(id(optimizer))
+        if window is None:
+            steps = (w for w in self._made.values() if any(optimizer is known for known in w.optimizers))
+            window = self._by_optimizer[id(optimizer)] = next(steps, None) or self.of(())
+        return window
 
     def clear(self) -> None:
         """Forget all models, optimizers and windows; gradients are given back."""
         for window in self._made.values():
             window.gradients.release()
         self._made.clear()
-        self._known.clear()
+        self._forget_answers()
         self.models.clear()
         self.optimizers.clear()
+
+    def _forget_answers(self) -> None:
+        self._known.clear()
+        self._by_optimizer.clear()
 
     def _find(self, models: tuple[Any, ...]) -> FedWindow:
         named = [model for model in models if isinstance(model, nn.Module)]
@@ -187,6 +193,7 @@ class Windows:
                 named, optimizers, state=self.state, precision=self._precision(), world_size=self._world_size
             )
             self._made[key].begin()
+            self._by_optimizer.clear()
         return self._made[key]
 
     def _retire(self, key: frozenset[int]) -> None:
@@ -201,7 +208,7 @@ class Windows:
             )
         window.gradients.release()
         del self._made[key]
-        self._known.clear()
+        self._forget_answers()
 
 
 def _ids_of(optimizer: Optimizer) -> set[int]:

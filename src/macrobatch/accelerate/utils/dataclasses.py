@@ -1,0 +1,397 @@
+"""Options that are passed to an `Accelerator`: names and defaults of the original, checked when they are made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+from macrobatch.accelerate.utils.absent import absent
+from macrobatch.accelerate.utils.enums import (
+    BaseEnum,
+    ComputeEnvironment,
+    DDPCommunicationHookType,
+    DistributedType,
+    DynamoBackend,
+    LoggerType,
+    PrecisionType,
+    RNGType,
+)
+from macrobatch.accelerate.utils.environment import default_normalize, dynamo_from_env
+from macrobatch.errors import ArgumentError
+
+__all__ = [
+    "AutocastKwargs",
+    "BaseEnum",
+    "ComputeEnvironment",
+    "DDPCommunicationHookType",
+    "DataLoaderConfiguration",
+    "DistributedDataParallelKwargs",
+    "DistributedType",
+    "DynamoBackend",
+    "FullyShardedDataParallelPlugin",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
+    "KwargsHandler",
+    "LoggerType",
+    "PrecisionType",
+    "ProfileKwargs",
+    "ProjectConfiguration",
+    "RNGType",
+    "TorchDynamoPlugin",
+]
+
+_UNSET: Any = type("Unset", (), {"__repr__": lambda _: "the default", "__bool__": lambda _: False})()
+
+
+class KwargsHandler:
+    """Keyword arguments for something else."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of them, in a copy."""
+        return copy.deepcopy(self.__dict__)
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Those that are not at their defaults."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
+
+
+@dataclass
+class AutocastKwargs(KwargsHandler):
+    """For `torch.autocast`."""
+
+    enabled: bool = True
+    cache_enabled: bool | None = None
+
+
+@dataclass
+class DistributedDataParallelKwargs(KwargsHandler):
+    """For `DistributedDataParallel`; passing it asks for that wrapper, and so for its communication hooks.
+
+    Attributes:
+        comm_hook: what happens to gradients on their way; a `DDPCommunicationHookType`.
+        comm_wrapper: FP16 or BF16, to compress what the hook sends.
+        comm_state_option: of PowerSGD: matrix_approximation_rank, start_powerSGD_iter, ...
+    """
+
+    dim: int = 0
+    broadcast_buffers: bool = True
+    bucket_cap_mb: int = 25
+    find_unused_parameters: bool = False
+    check_reduction: bool = False
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+    comm_hook: Any = DDPCommunicationHookType.NO
+    comm_wrapper: Any = DDPCommunicationHookType.NO
+    comm_state_option: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        self.comm_hook = _choice("comm_hook", self.comm_hook, DDPCommunicationHookType)
+        self.comm_wrapper = _choice("comm_wrapper", self.comm_wrapper, DDPCommunicationHookType)
+        if self.comm_wrapper in ("power_sgd", "batched_power_sgd"):
+            raise ArgumentError(
+                "comm_wrapper", given=str(self.comm_wrapper), expected="fp16 or bf16", fix="use comm_hook"
+            )
+
+    def to_dict(
+        self, ignore_keys: Iterable[str] = ("comm_hook", "comm_wrapper", "comm_state_option")
+    ) -> dict[str, Any]:
+        """All of them, but for those that `DistributedDataParallel` does not know."""
+        return {name: value for name, value in super().to_dict().items() if name not in ignore_keys}
+
+    def register_comm_hook(self, model: Any) -> None:
+        """Give the communication hook to a wrapped model."""
+        hooks: dict[str, Callable[..., Any]] = {
+            "fp16": default_hooks.fp16_compress_hook,
+            "bf16": default_hooks.bf16_compress_hook,
+            "power_sgd": powerSGD_hook.powerSGD_hook,
+            "batched_power_sgd": powerSGD_hook.batched_powerSGD_hook,
+        }
+        wrappers: dict[str, Callable[..., Any]] = {
+            "fp16": default_hooks.fp16_compress_wrapper,
+            "bf16": default_hooks.bf16_compress_wrapper,
+        }
+        hook = hooks.get(str(self.comm_hook))
+        if hook is None:
+            return
+        if str(self.comm_wrapper) in wrappers:
+            hook = wrappers[str(self.comm_wrapper)](hook)
+        has_state = "power_sgd" in str(self.comm_hook)
+        state = powerSGD_hook.PowerSGDState(None, **self.comm_state_option) if has_state else None
+        model.register_comm_hook(state=state, hook=hook)
+
+
+@dataclass
+class GradScalerKwargs(KwargsHandler):
+    """For `torch.amp.GradScaler`."""
+
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    enabled: bool = True
+
+
+@dataclass
+class InitProcessGroupKwargs(KwargsHandler):
+    """For `torch.distributed.init_process_group`."""
+
+    backend: str | None = "nccl"
+    init_method: str | None = None
+    timeout: timedelta | None = None
+
+
+@dataclass
+class ProfileKwargs(KwargsHandler):
+    """For `torch.profiler.profile`.
+
+    Attributes:
+        activities: "cpu", "cuda".
+        schedule_option: for `torch.profiler.schedule`: wait, warmup, active, repeat, skip_first.
+        output_trace_dir: folder for a Chrome trace per rank.
+    """
+
+    activities: list[str] | None = None
+    schedule_option: dict[str, int] | None = None
+    on_trace_ready: Callable[..., Any] | None = None
+    record_shapes: bool = False
+    profile_memory: bool = False
+    with_stack: bool = False
+    with_flops: bool = False
+    with_modules: bool = False
+    output_trace_dir: str | None = None
+
+    def build(self) -> torch.profiler.profile:
+        """The profiler."""
+        kinds = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
+        for activity in self.activities or ():
+            _choice("activities", activity, kinds)
+        return torch.profiler.profile(
+            activities=None if self.activities is None else [kinds[activity] for activity in self.activities],
+            schedule=None if self.schedule_option is None else torch.profiler.schedule(**self.schedule_option),  # pyright: ignore[reportArgumentType]
+            on_trace_ready=self.on_trace_ready,
+            record_shapes=self.record_shapes,
+            profile_memory=self.profile_memory,
+            with_stack=self.with_stack,
+            with_flops=self.with_flops,
+            with_modules=self.with_modules,
+        )
+
+
+@dataclass
+class DataLoaderConfiguration:
+    """How loaders are prepared.
+
+    Attributes:
+        split_batches: each batch is split over the ranks, instead of each rank reading batches of its own.
+        dispatch_batches: rank 0 reads for all; None: for iterable datasets only.
+        even_batches: samples of the first batches fill up the last ones, so that all ranks have as many.
+        use_seedable_sampler: shuffle by seed and epoch.
+        data_seed: that seed.
+    """
+
+    split_batches: bool = False
+    dispatch_batches: bool | None = None
+    even_batches: bool = True
+    use_seedable_sampler: bool = False
+    data_seed: int | None = None
+    non_blocking: bool = False
+    use_stateful_dataloader: bool = False
+
+
+@dataclass
+class ProjectConfiguration:
+    """Where files go.
+
+    Attributes:
+        automatic_checkpoint_naming: checkpoints are numbered, in a folder `checkpoints`.
+        total_limit: how many of them to keep.
+        iteration: number of the next.
+    """
+
+    project_dir: Any = None
+    logging_dir: Any = None
+    automatic_checkpoint_naming: bool = False
+    total_limit: int | None = None
+    iteration: int = 0
+    save_on_each_node: bool = False
+
+    def __post_init__(self) -> None:
+        limit: object = self.total_limit
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ArgumentError("total_limit", given=limit, expected="an integer >= 1 or None", fix="pass None for all")
+        self.set_directories(self.project_dir)
+
+    def set_directories(self, project_dir: Any = None) -> None:
+        """Another project folder; logs go there, too, unless they have a folder of their own."""
+        self.project_dir = project_dir
+        if self.logging_dir is None:
+            self.logging_dir = project_dir
+
+
+class GradientAccumulationPlugin(KwargsHandler):
+    """What a window is.
+
+    Args:
+        num_steps: micro-batches of a full window, an integer >= 1.
+        adjust_scheduler: if passed and True, schedulers move with every micro-batch instead of every update.
+        sync_with_dataloader: the end of a loader ends a window.
+        sync_each_batch: with sharded models, reduce gradients in every micro-batch, to hold less of them.
+        normalize: "exact" divides by what the window has seen, "uniform" takes the mean of the micro-batches' means,
+            "constant" their sum over `num_steps`, as the original does. By default the environment's
+            MACROBATCH_NORMALIZE, or "exact".
+
+    Raises:
+        ArgumentError: one of them is out of its domain.
+    """
+
+    def __init__(
+        self,
+        num_steps: Any = _UNSET,
+        adjust_scheduler: bool = _UNSET,
+        sync_with_dataloader: bool = True,
+        sync_each_batch: bool = False,
+        normalize: str = _UNSET,
+    ) -> None:
+        if num_steps is not _UNSET and (type(num_steps) is not int or num_steps < 1):
+            raise ArgumentError(
+                "num_steps", given=num_steps, expected="an integer >= 1", fix="pass 1 not to accumulate"
+            )
+        chosen = default_normalize() if normalize is _UNSET else normalize
+        if chosen not in ("exact", "uniform", "constant"):
+            raise ArgumentError("normalize", given=chosen, expected='"exact", "uniform" or "constant"', fix='"exact"')
+        self.num_steps = None if num_steps is _UNSET else num_steps
+        self.adjust_scheduler = True if adjust_scheduler is _UNSET else adjust_scheduler
+        self.sync_with_dataloader = sync_with_dataloader
+        self.sync_each_batch = sync_each_batch
+        self.normalize = chosen
+        self._is_adjust_given = adjust_scheduler is not _UNSET
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Those that were given, or differ from their defaults."""
+        kwargs = super().to_kwargs()
+        if self._is_adjust_given:
+            kwargs["adjust_scheduler"] = self.adjust_scheduler
+        return kwargs
+
+    def __repr__(self) -> str:
+        return f"GradientAccumulationPlugin({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+
+@dataclass
+class TorchDynamoPlugin(KwargsHandler):
+    """For `torch.compile`, which the model's forward is compiled with, in place.
+
+    Where neither backend nor mode is passed, ACCELERATE_DYNAMO_BACKEND and ACCELERATE_DYNAMO_MODE count.
+    """
+
+    backend: Any = None
+    mode: str | None = None
+    fullgraph: bool | None = None
+    dynamic: bool | None = None
+    options: Any = None
+    disable: bool = False
+    use_regional_compilation: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend is None and self.mode is None:
+            self.backend, self.mode = dynamo_from_env()
+        backend = "NO" if self.backend is None else str(getattr(self.backend, "value", self.backend)).upper()
+        self.backend = _choice("dynamo backend", backend, DynamoBackend)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of them, the backend by its name in torch."""
+        return {**super().to_dict(), "backend": str(self.backend).lower()}
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """For `torch.compile`: those that are not at their defaults."""
+        kwargs = {name: value for name, value in self.to_dict().items() if value is not None}
+        kwargs.pop("use_regional_compilation", None)
+        for name, default in (("mode", "default"), ("disable", False)):
+            if kwargs.get(name) == default:
+                del kwargs[name]
+        return kwargs
+
+
+@dataclass
+class FullyShardedDataParallelPlugin:
+    """FSDP2: `fully_shard` on the blocks that a policy names, and on the model.
+
+    Attributes:
+        reshard_after_forward: give whole parameters up between forward and backward.
+        mixed_precision_policy: a `MixedPrecisionPolicy`; by default the accelerator's precision, reduced in float32.
+        auto_wrap_policy: "transformer_based_wrap", "size_based_wrap", "no_wrap", or a function of a module.
+        transformer_cls_names_to_wrap: class names of blocks, for the first.
+        min_num_params: size of a block, for the second.
+        cpu_offload: keep parameters on the host.
+
+    Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+    """
+
+    fsdp_version: int = 2
+    reshard_after_forward: bool | None = None
+    mixed_precision_policy: MixedPrecisionPolicy | None = None
+    auto_wrap_policy: Any = None
+    transformer_cls_names_to_wrap: list[str] | None = None
+    min_num_params: int | None = None
+    cpu_offload: Any = None
+    activation_checkpointing: bool = False
+    state_dict_type: str = "SHARDED_STATE_DICT"
+
+    def __post_init__(self) -> None:
+        if self.fsdp_version != 2:
+            raise ArgumentError(
+                "fsdp_version", given=self.fsdp_version, expected="2, which does the same", fix="leave it out"
+            )
+        if self.cpu_offload is True:
+            self.cpu_offload = CPUOffloadPolicy()
+        names = ("transformer_based_wrap", "size_based_wrap", "no_wrap")
+        if isinstance(self.auto_wrap_policy, str):
+            _choice("auto_wrap_policy", self.auto_wrap_policy.lower(), names)
+
+    def set_auto_wrap_policy(self, model: nn.Module) -> Callable[[nn.Module], bool] | None:
+        """Which modules are blocks; None if only the whole is one."""
+        policy = self.auto_wrap_policy
+        if callable(policy):
+            return lambda module: bool(policy(module))
+        name = str(policy or ("transformer_based_wrap" if self.transformer_cls_names_to_wrap else "no_wrap")).lower()
+        if name == "size_based_wrap":
+            smallest = self.min_num_params or 10**8
+            return lambda module: sum(param.numel() for param in module.parameters()) >= smallest
+        if name == "no_wrap":
+            return None
+        blocks = self.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ()
+        found = {type(module).__name__ for module in model.modules()}
+        if not set(blocks) & found:
+            raise ArgumentError(
+                "transformer_cls_names_to_wrap",
+                given=list(blocks),
+                expected=f"names of modules of the model, which has {sorted(found)}",
+                fix="name the class of its blocks",
+            )
+        return lambda module: type(module).__name__ in blocks
+
+
+def _choice(what: str, value: Any, choices: Any) -> Any:
+    known: list[Any] = choices.list() if hasattr(choices, "list") else list(choices)
+    text = str(getattr(value, "value", value))
+    if text not in known:
+        raise ArgumentError(what, given=value, expected=f"one of {known}", fix="choose one of them")
+    return choices(text) if isinstance(choices, type) else text
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

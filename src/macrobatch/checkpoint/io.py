@@ -1,0 +1,103 @@
+"""Writing and reading single files and whole folders of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from macrobatch.errors import StateError
+
+__all__ = ["load_file", "replaced_folder", "save_file"]
+
+
+def save_file(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a tree of tensors and plain values; at every moment the old file, or the new one, is whole.
+
+    Args:
+        path: ending in `.safetensors` for a flat dict of tensors in that format
+            (https://huggingface.co/docs/safetensors), else in torch's.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(value, partial, metadata={"format": "pt"})
+    else:
+        torch.save(value, partial)
+    _flush(partial)
+    partial.replace(path)
+    _flush(path.parent)
+
+
+def load_file(path: str | os.PathLike[str], **options: Any) -> Any:
+    """Read what `save_file` wrote; nothing in the file is run.
+
+    Args:
+        options: as for `torch.load`.
+
+    Raises:
+        StateError: the file is not there, not whole, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, **{"map_location": "cpu", "weights_only": True, **options})
+    except FileNotFoundError:
+        problem, fix = "no file", "check the path; list the folder to see what was saved"
+    except UnpicklingError as error:
+        problem = f"a file with more than tensors and plain values ({str(error).splitlines()[0]:.100})"
+        fix = "save it again from state_dicts of tensors, numbers and text"
+    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, zipfile.BadZipFile) as error:
+        problem = f"a file that is not whole, or another one ({type(error).__name__}: {str(error).splitlines()[0]:.80})"
+        fix = "go on from another checkpoint"
+    raise StateError(f"the checkpoint file {path.name!r}", given=problem, expected=f"what was saved at {path}", fix=fix)
+
+
+@contextmanager
+def replaced_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
+    """Context that yields an empty folder to write into. At its end, and not before, that stands in the place of
+    `folder`; after an error, or a kill, the old one is as it was.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    recover(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    for path in partial.rglob("*"):
+        _flush(path)
+    _flush(partial)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: str | os.PathLike[str]) -> None:
+    """Put the old folder back, if a kill came between the two renames of `replaced_folder`."""
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""Every script of examples/accelerate runs and says what it should, on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def run(script: str, *arguments: str, num_ranks: int = 1) -> str:
+    launcher = [sys.executable]
+    if num_ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*launcher, str(EXAMPLES / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_self_contained_prints_the_same_weight_twice(num_ranks):
+    weights = re.findall(r"is (\d\.\d{5})", run("self_contained.py", num_ranks=num_ranks))
+    assert weights == ["2.04000"] * 2 * num_ranks
+
+
+@pytest.mark.parametrize("script", ["guide_plain.py", "guide_accelerate.py", "guide_macrobatch.py"])
+def test_guide(script):
+    accuracy, rate = re.search(r"accuracy (0\.\d+), learning rate (\S+)", run(script)).groups()
+    assert float(accuracy) > 0.9
+    assert rate == "0.00325"  # 45 of 60 updates down from 0.01 to 0.001
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_causal_lm_learns(num_ranks):
+    losses = [
+        float(x) for x in re.findall(r"loss (\d+\.\d+)", run("causal_lm.py", "--updates", "8", num_ranks=num_ranks))
+    ]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_gan_updates_both_networks_once_per_window():
+    output = run("gan.py", "--epochs", "1")
+    assert "29 micro-batches an epoch, 15 updates expected" in output
+    assert "'generator': 15, 'discriminator': 15" in output
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_contrastive_pair_learns_and_keeps_replicas_equal(num_ranks):
+    output = run("contrastive.py", num_ranks=num_ranks)
+    first, last = map(float, re.search(r"loss (\S+) to (\S+);", output).groups())
+    assert last < first
+    assert "replicas are equal: True" in output
+
+
+def test_image_classifier_resumes_in_a_window_to_the_bit(tmp_path):
+    whole = run("image_classifier.py", "--project", str(tmp_path / "whole"), "--epochs", "1")
+    stopped = run("image_classifier.py", "--project", str(tmp_path / "parts"), "--epochs", "1", "--stop_after", "18")
+    assert "stopped in epoch 0 after 18 micro-batches" in stopped  # 2 of 4 into the fifth window
+    resumed = run("image_classifier.py", "--project", str(tmp_path / "parts"), "--epochs", "1", "--resume")
+    assert "accuracy 0.9" in whole
+    assert resumed == whole
+
+
+def test_every_script_is_run_here():
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert SCRIPTS
+    assert [script for script in SCRIPTS if f'"{script}"' not in source] == []
+
+
+def test_migration_is_the_import():
+    """The guide's script differs from the original's by its import line (and by what it says about itself)."""
+    before, after = (
+        (EXAMPLES / name).read_text(encoding="utf-8") for name in ("guide_accelerate.py", "guide_macrobatch.py")
+    )
+    code = [text.split('"""', 2)[2].splitlines() for text in (before, after)]
+    changed = [pair for pair in zip(*map(sorted, code), strict=True) if pair[0] != pair[1]]
+    assert set(code[1]) - set(code[0]) == {"from macrobatch.accelerate import Accelerator"}
+    assert len(code[0]) == len(code[1])
+    assert changed
