@@ -15,12 +15,12 @@ import textwrap
 
 import torch
 import torch.nn.functional as F
-from macrobatch.accelerate.utils import set_seed
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from macrobatch.accelerate import Accelerator
+from macrobatch.accelerate.utils import set_seed
 
 IGNORED = -100
 

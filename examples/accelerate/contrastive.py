@@ -10,12 +10,12 @@ over the whole macro-batch, see `macrobatch.TwoPass`.)
 
 import torch
 import torch.nn.functional as F
-from macrobatch.accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
 
 from macrobatch.accelerate import Accelerator
+from macrobatch.accelerate.utils import set_seed
 
 TEMPERATURE = 0.1
 

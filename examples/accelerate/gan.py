@@ -10,12 +10,12 @@ touch what that has accumulated.
 import argparse
 
 import torch
-from macrobatch.accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader
 
 from macrobatch.accelerate import Accelerator
+from macrobatch.accelerate.utils import set_seed
 
 LATENT = 8
 

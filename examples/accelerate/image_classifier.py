@@ -12,12 +12,12 @@ import hashlib
 
 import torch
 import torch.nn.functional as F
-from macrobatch.accelerate.utils import ProjectConfiguration, set_seed
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from macrobatch.accelerate import Accelerator
+from macrobatch.accelerate.utils import ProjectConfiguration, set_seed
 
 
 def main() -> None:

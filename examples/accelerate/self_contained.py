@@ -10,10 +10,10 @@ leaves it unsynchronised and ends at 0.66 and 1.38.
 import copy
 
 import torch
-from macrobatch.accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
 from macrobatch.accelerate import Accelerator
+from macrobatch.accelerate.utils import set_seed
 
 set_seed(0)
 gradient_accumulation_steps = 4

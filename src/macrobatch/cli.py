@@ -1,4 +1,4 @@
-"""The command `macrobatch`: launch · demo · verify · env."""
+"""The command `macrobatch`: launch · demo · verify · plan · env."""
 
 from __future__ import annotations
 
@@ -105,6 +105,43 @@ def launch(
     if failure is not None:
         typer.secho(f"error: {failure}", fg="red", err=True)
     raise typer.Exit(exit_code)
+
+
+@app.command()
+def plan(
+    world: Annotated[list[int] | None, typer.Option(min=1, help="Number of ranks; repeat it.")] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help='nvlink, 400g, 100g, 10g, or BYTES_PER_S:LATENCY_S as in "50e9:5e-6"; repeat it.'),
+    ] = None,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE:MS", help="Samples in a micro-batch and its milliseconds; at least two sizes."),
+    ] = None,
+    parameters: Annotated[float, typer.Option(min=1, help="Number of parameters.")] = 163e6,
+    global_batch: Annotated[int, typer.Option(min=1, help="Samples of the macro-batch over all ranks.")] = 65536,
+    policy: Annotated[
+        str, typer.Option(help="replicas, or for shards keep-last, keep-each, reshard-last, reshard-each.")
+    ] = "replicas",
+    plot: Annotated[Path | None, typer.Option(help="Draw efficiency over ranks into this PNG.")] = None,
+) -> None:
+    """Estimate a window's time and efficiency on any number of ranks, from the time of a micro-step on one.
+
+    Without --step, it is that of GPT-2 (T 1024, bf16, captured) on an H200.
+    """
+    from macrobatch.plan.command import ScalingOptions, draw_scaling, print_scaling
+
+    options = ScalingOptions(
+        world=world or [1, 8, 64, 512, 4096, 32768, 100_000],
+        link=link or ["nvlink", "400g", "100g", "10g"],
+        step=step or ["4:11.3", "8:20.0"],
+        parameters=parameters,
+        global_batch=global_batch,
+        policy=policy,
+    )
+    if plot is not None:
+        draw_scaling(options, plot)
+    print_scaling(options, Console())
 
 
 @app.command("env")

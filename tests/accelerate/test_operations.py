@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, namedtuple
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,11 +21,15 @@ from macrobatch.errors import ArgumentError
 pytestmark = pytest.mark.xdist_group("ranks")
 
 ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
-Point = namedtuple("Point", "x y")
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
 
 
 @contextmanager
-def door(name: str, **variables: Any) -> Iterator[Any]:
+def door(name: str, **variables: Any) -> Generator[Any]:
     """The operations of one door, with its state made for the ranks of this process and taken back."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world_size > 1:

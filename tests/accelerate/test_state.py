@@ -23,12 +23,13 @@ pytestmark = pytest.mark.xdist_group("ranks")
 ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
 
 SCRIPT = """
+import os
 import sys
 from {door} import PartialState
 state = PartialState()
-open(sys.argv[1] + "/{door}." + str(state.process_index) + "." + __import__("os").environ["RANK"], "w").write(
-    f"{{state.num_processes}} {{state.is_main_process}} {{state.backend}} {{state.distributed_type}} {{state.device}}"
-)
+facts = (state.num_processes, state.is_main_process, state.backend, state.distributed_type.value, state.device)
+with open(f"{{sys.argv[1]}}/{door}.{{os.environ['RANK']}}", "w") as file:
+    print(*facts, end="", file=file)
 """
 
 
@@ -69,14 +70,15 @@ def facts(door: str) -> dict[str, Any]:
     with patch_environment(**(variables if world_size > 1 else {})):
         state.AcceleratorState._reset_state(True)
         try:
-            one = state.AcceleratorState(cpu=True, mixed_precision="bf16")
+            plugin = import_module(f"{door}.utils").TorchDynamoPlugin()
+            one = state.AcceleratorState("bf16", cpu=True, dynamo_plugin=plugin, _from_accelerator=True)
             other = state.PartialState()
             names = (
                 "num_processes process_index local_process_index device backend distributed_type is_main_process "
                 "is_local_main_process is_last_process use_distributed debug fork_launched"
             )
-            found = {name: str(getattr(one, name)) for name in names.split()}
-            assert found == {name: str(getattr(other, name)) for name in names.split()}
+            found = {name: shown(getattr(one, name)) for name in names.split()}
+            assert found == {name: shown(getattr(other, name)) for name in names.split()}
             found["precision"] = str(state.AcceleratorState().mixed_precision)
             found["only"] = [
                 other.on_main_process(rank.__add__)(0),
@@ -87,6 +89,11 @@ def facts(door: str) -> dict[str, Any]:
             return found | {"shares": shares(other)}
         finally:
             state.AcceleratorState._reset_state(True)
+
+
+def shown(value: Any) -> str:
+    """As text; of a device its type, since the original numbers CPUs."""
+    return str(getattr(value, "value", getattr(value, "type", value)))
 
 
 def shares(state: Any) -> list[Any]:

@@ -8,6 +8,8 @@ The names, arguments and files are those of accelerate 1.15; what differs, and h
 is on the page "Compatibility".
 """
 
+from typing import Any
+
 from macrobatch.accelerate.accelerator import Accelerator
 from macrobatch.accelerate.data_loader import skip_first_batches
 from macrobatch.accelerate.launchers import debug_launcher, notebook_launcher
@@ -27,6 +29,7 @@ from macrobatch.accelerate.utils import (
     find_executable_batch_size,
     synchronize_rng_states,
 )
+from macrobatch.accelerate.utils.absent import absent
 
 __all__ = [
     "Accelerator",
@@ -48,3 +51,7 @@ __all__ = [
     "skip_first_batches",
     "synchronize_rng_states",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

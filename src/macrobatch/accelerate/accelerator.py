@@ -34,7 +34,7 @@ from macrobatch.sync import LocalSync
 __all__ = ["Accelerator"]
 
 
-class Accelerator(Processes, Preparation, Checkpoints, Tracking):
+class Accelerator(Preparation, Checkpoints, Tracking):
     """Runs a training script in one process or many; its windows are exact.
 
     Equivalent plain loop, for micro-batches of equal size:
@@ -115,7 +115,7 @@ class Accelerator(Processes, Preparation, Checkpoints, Tracking):
             **options.init_kwargs,
         )
         Processes.__init__(self)
-        Checkpoints.__init__(self)
+        self._setup_checkpoints()
         self.gradient_state = GradientState(options.gradient_accumulation_plugin, owner=self)
         self.project_configuration = options.project_configuration
         self.device_placement = options.device_placement

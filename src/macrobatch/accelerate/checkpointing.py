@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.utils.constants import (
     OPTIMIZER_NAME,
     RNG_STATE_NAME,
@@ -49,7 +50,7 @@ __all__ = ["Checkpoints"]
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Checkpoints:
+class Checkpoints(Processes):
     """The part of `Accelerator` that saves and loads. A checkpoint is a folder, there as a whole or not at all."""
 
     _models: list[nn.Module]
@@ -59,15 +60,10 @@ class Checkpoints:
     _custom_objects: list[Any]
     scaler: Any
     project_configuration: Any
-    is_main_process: bool
-    process_index: int
-    num_processes: int
-    device: torch.device
-    wait_for_everyone: Callable[[], None]
     _pending_state: Callable[[], dict[str, Any]]
     _load_pending_state: Callable[[Sequence[dict[str, Any]]], None]
 
-    def __init__(self) -> None:
+    def _setup_checkpoints(self) -> None:
         self._save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
 
@@ -110,10 +106,10 @@ class Checkpoints:
         Returns:
             The folder.
         """
-        config = self.project_configuration
+        config: Any = self.project_configuration
         folder = Path(output_dir) if output_dir is not None and not config.automatic_checkpoint_naming else None
         if config.automatic_checkpoint_naming:
-            folder = Path(config.project_dir or output_dir) / "checkpoints" / f"checkpoint_{config.iteration}"
+            folder = Path(str(config.project_dir or output_dir)) / "checkpoints" / f"checkpoint_{config.iteration}"
         if folder is None:
             raise ArgumentError("output_dir", given=None, expected="a folder", fix="pass one, or name automatically")
         if config.automatic_checkpoint_naming and folder.exists():
@@ -180,7 +176,7 @@ class Checkpoints:
         }
         for optimizer, state in zip(self._optimizers, read[OPTIMIZER_NAME], strict=True):
             _check_groups(optimizer, state)
-        restorable = [loader for loader in self._dataloaders if hasattr(loader, "load_state_dict")]
+        restorable: list[Any] = [loader for loader in self._dataloaders if hasattr(loader, "load_state_dict")]
         paths = [folder / _numbered(f"{SAMPLER_NAME}.bin", index) for index in range(len(restorable))]
         loaders = [load_file(path) if path.exists() else None for path in paths]
         custom = [
@@ -316,7 +312,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-def _load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _load_weights(model: nn.Module, state: dict[str, Any]) -> None:
     if model_has_dtensor(model):
         set_model_state_dict(model, state, options=_WHOLE)
     else:
@@ -357,7 +353,8 @@ def _check_groups(optimizer: Any, state: Any) -> None:
 
 
 def _random_states() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = state
     return {
         "random_state": random.getstate(),
         "numpy_random_seed": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),

@@ -53,7 +53,7 @@ def joined(windows: Windows, loaders: Sequence[Any], accelerator: Any, *, even_b
     At its end the rank that made the most updates hands on parameters, module buffers, and the state of optimizers and
     schedulers, so that all go on from one state.
     """
-    samplers = [getattr(loader, "batch_sampler", None) for loader in loaders]
+    samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in loaders]
     samplers = [sampler for sampler in samplers if hasattr(sampler, "even_batches")]
     before = [sampler.even_batches for sampler in samplers]
     if accelerator.num_processes == 1:

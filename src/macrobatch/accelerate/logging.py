@@ -47,8 +47,8 @@ class MultiProcessAdapter(logging.LoggerAdapter):  # pyright: ignore[reportMissi
                 state.wait_for_everyone()
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, Any]:
-        """Leave message and keywords as they are."""
-        return msg, kwargs
+        """Put the rank before the message."""
+        return f"[RANK {PartialState().process_index}] {msg}", kwargs
 
     @cache  # noqa: B019
     def warning_once(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -109,6 +109,4 @@ def swap_parameters(optimizers: Sequence[Optimizer], before: dict[str, Tensor], 
 def _as_shard(value: Tensor, param: Tensor) -> Tensor:
     if not isinstance(param, DTensor):
         return value
-    return torch.distributed.tensor.distribute_tensor(
-        value.to(param.to_local().device), param.device_mesh, param.placements
-    )
+    return distribute_tensor(value.to(param.to_local().device), param.device_mesh, param.placements)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -14,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from macrobatch.accelerate.data_loader import prepare_data_loader, skip_first_batches
-from macrobatch.accelerate.gradient_state import GradientState
 from macrobatch.accelerate.models import (
     autocast_forward,
     replicate,
@@ -25,9 +23,9 @@ from macrobatch.accelerate.models import (
     wrap,
 )
 from macrobatch.accelerate.optimizer import AcceleratedOptimizer
+from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.scheduler import AcceleratedScheduler
 from macrobatch.accelerate.settings import Settings
-from macrobatch.accelerate.state import AcceleratorState
 from macrobatch.accelerate.utils.dataclasses import DataLoaderConfiguration
 from macrobatch.accelerate.utils.other import extract_model_from_parallel
 from macrobatch.accelerate.windows import Windows
@@ -36,16 +34,11 @@ from macrobatch.errors import ArgumentError
 __all__ = ["Preparation"]
 
 
-class Preparation:
+class Preparation(Processes):
     """The part of `Accelerator` that prepares. Everything stays what it was, or shows all that it had."""
 
     settings: Settings
-    state: AcceleratorState
-    gradient_state: GradientState
-    device: torch.device
-    num_processes: int
-    process_index: int
-    mixed_precision: str
+    project_configuration: Any
     native_amp: bool
     autocast: Callable[[], AbstractContextManager[Any]]
     device_placement: bool
@@ -76,7 +69,7 @@ class Preparation:
         done = [self.prepare_scheduler(obj) if _is_scheduler(obj) else obj for obj in first]
         for obj in done:
             if isinstance(obj, nn.Module | Optimizer | DataLoader | LRScheduler):
-                obj._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue]
+                obj._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         return done[0] if len(done) == 1 else tuple(done)
 
     def _prepared(self, obj: Any, device_placement: bool | None) -> Any:

@@ -34,8 +34,8 @@ class SeedableRandomSampler(RandomSampler):
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
-        if self.generator is None:
-            self.generator = torch.Generator()
+        generator: Any = self.generator
+        self.generator = torch.Generator() if generator is None else generator
         self.generator.manual_seed(self.initial_seed + self.epoch)
         yield from super().__iter__()
         self.set_epoch(self.epoch + 1)
@@ -214,7 +214,7 @@ class SkipBatchSampler(BatchSampler):
 
 def get_sampler(dataloader: Any) -> Any:
     """The sampler of a loader's indices, whatever is around it; None for a stream."""
-    sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    sampler: Any = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return getattr(sampler, "sampler", None)
@@ -222,7 +222,7 @@ def get_sampler(dataloader: Any) -> Any:
 
 def set_sampler(dataloader: Any, new: Any) -> None:
     """Put another sampler of indices there."""
-    sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    sampler: Any = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     sampler.sampler = new

@@ -168,7 +168,7 @@ def _accumulation(num_steps: Any, plugin: GradientAccumulationPlugin | None) -> 
     return plugin
 
 
-def _loading(config: DataLoaderConfiguration | None, split_batches: Any) -> DataLoaderConfiguration:
+def _loading(config: Any, split_batches: Any) -> DataLoaderConfiguration:
     config = _instance("dataloader_config", config, DataLoaderConfiguration) or DataLoaderConfiguration()
     if split_batches not in (None, False, True):
         raise ArgumentError("split_batches", given=split_batches, expected="True or False", fix="leave it out")
@@ -177,7 +177,7 @@ def _loading(config: DataLoaderConfiguration | None, split_batches: Any) -> Data
     return config
 
 
-def _project(config: ProjectConfiguration | None, project_dir: Any) -> ProjectConfiguration:
+def _project(config: Any, project_dir: Any) -> ProjectConfiguration:
     config = _instance("project_config", config, ProjectConfiguration) or ProjectConfiguration(project_dir=project_dir)
     if project_dir is not None and config.project_dir is None:
         config.set_directories(project_dir)

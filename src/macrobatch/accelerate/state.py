@@ -171,14 +171,14 @@ class PartialState:
     def on_process(
         self, function: Callable[..., Any] | None = None, process_index: int | None = None
     ) -> Callable[..., Any]:
-        """Decorator: the function runs on one rank only."""
-        return self._only(function, lambda: self.process_index == process_index)
+        """Decorator: the function runs on one rank only; where there is but one, always."""
+        return self._only(function, lambda: not self.use_distributed or self.process_index == process_index)
 
     def on_local_process(
         self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
     ) -> Callable[..., Any]:
-        """Decorator: the function runs on one rank of each machine only."""
-        return self._only(function, lambda: self.local_process_index == local_process_index)
+        """Decorator: the function runs on one rank of each machine only; where there is but one, always."""
+        return self._only(function, lambda: not self.use_distributed or self.local_process_index == local_process_index)
 
     def _only(self, function: Callable[..., Any] | None, is_here: Callable[[], bool]) -> Callable[..., Any]:
         if function is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.state import PartialState
 from macrobatch.accelerate.utils.enums import LoggerType
 from macrobatch.accelerate.utils.imports import is_package_available
@@ -59,7 +60,7 @@ class GeneralTracker:
         missing = [name for name in ("name", "requires_logging_directory", "tracker") if not hasattr(self, name)]
         if missing:
             raise NotImplementedError(
-                f"{type(self).__name__}: given a tracker without {missing}; expected them as attributes (`tracker` as a "
+                f"{type(self).__name__}: given a tracker without {missing}; expected them as attributes (`tracker` a "
                 "property). To fix it, add them to the class."
             )
 
@@ -231,7 +232,7 @@ class MLflowTracker(GeneralTracker):
         """Numbers only."""
         import mlflow
 
-        numbers = {key: value for key, value in _plain(values).items() if isinstance(value, int | float)}
+        numbers = {str(key): float(value) for key, value in _plain(values).items() if isinstance(value, int | float)}
         mlflow.log_metrics(numbers, step=step)
 
     @on_main_process
@@ -328,12 +329,10 @@ def filter_trackers(log_with: Any, logging_dir: Any = None) -> list[Any]:
     return list(dict.fromkeys(wanted))
 
 
-class Tracking:
+class Tracking(Processes):
     """The part of `Accelerator` that logs."""
 
-    is_main_process: bool
     logging_dir: Any
-    wait_for_everyone: Callable[[], None]
 
     def _setup_tracking(self, log_with: Any) -> None:
         self.trackers: list[Any] = []

@@ -52,14 +52,17 @@ def load_file(path: str | os.PathLike[str], **options: Any) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, **{"map_location": "cpu", "weights_only": True, **options})
+        settings: dict[str, Any] = {"map_location": "cpu", "weights_only": True, **options}
+        return torch.load(path, **settings)
     except FileNotFoundError:
         problem, fix = "no file", "check the path; list the folder to see what was saved"
     except UnpicklingError as error:
-        problem = f"a file with more than tensors and plain values ({str(error).splitlines()[0]:.100})"
+        problem = f"a file with more than tensors and plain values ({str(error).partition(chr(10))[0]:.100})"
         fix = "save it again from state_dicts of tensors, numbers and text"
     except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, zipfile.BadZipFile) as error:
-        problem = f"a file that is not whole, or another one ({type(error).__name__}: {str(error).splitlines()[0]:.80})"
+        problem = (
+            f"a file that is not whole, or another one ({type(error).__name__}: {str(error).partition(chr(10))[0]:.80})"
+        )
         fix = "go on from another checkpoint"
     raise StateError(f"the checkpoint file {path.name!r}", given=problem, expected=f"what was saved at {path}", fix=fix)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         generator: torch.Generator | None
 
 
-__all__ = ["MacroBatchLoader", "ShareLoader"]
+__all__ = ["MacroBatchLoader", "ShareLoader", "checked_device", "checked_options"]
 
 
 class ShareLoader:
@@ -47,8 +47,10 @@ class ShareLoader:
         check_ranks(ranks)
         self._source = source
         self._ranks = ranks
-        self._device = _checked_device(device)
+        self._device = checked_device(device)
         self._position = Position()
+        self.on_error: Callable[[], object] = lambda: None
+        """Called where a window could not be loaded, before the error is raised: other ranks may wait for it."""
 
     @property
     def epoch(self) -> int:
@@ -114,7 +116,14 @@ class ShareLoader:
         at = self._position.begin()
         pieces = self._source.pieces(at.epoch, at.first, size, ranks_now(self._ranks))
         pieces = on_device(pieces, self._device)
-        for piece in pieces:
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                break
+            except Exception:
+                self.on_error()
+                raise
             at.advance()
             share = _share(piece, pieces)
             del piece  # while the loop works on the share, it alone decides how long a micro-batch lives
@@ -184,7 +193,7 @@ class MacroBatchLoader(ShareLoader):
         device: torch.device | str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        passed = _checked_options(options, _checked_device(device))
+        passed = checked_options(options, checked_device(device))
         if collate_fn is not None and not callable(collate_fn):
             raise ArgumentError("collate_fn", given=collate_fn, expected="a function or None", fix="leave it out")
         if isinstance(dataset, IterableDataset):
@@ -211,7 +220,12 @@ def _share(piece: Piece, rest: Iterator[Piece]) -> Iterator[Any]:
         del batch
 
 
-def _checked_device(device: Any) -> torch.device | None:
+def checked_device(device: Any) -> torch.device | None:
+    """The device that was asked for; None stays None.
+
+    Raises:
+        ArgumentError: it is not a device, or not one of this machine.
+    """
     if device is None:
         return None
     try:
@@ -225,7 +239,12 @@ def _checked_device(device: Any) -> torch.device | None:
     return checked
 
 
-def _checked_options(options: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
+    """What to pass on to torch's DataLoader.
+
+    Raises:
+        ArgumentError: an option that macrobatch decides.
+    """
     fixes = {
         "batch_size": "pass global_batch, the samples of one update over all ranks",
         "batch_sampler": "pass DataLoader(dataset, batch_sampler=...) to macrobatch.data.shard",

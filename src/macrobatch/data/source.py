@@ -86,15 +86,20 @@ class Indexed:
     def pieces(self, epoch: int, first: int, size: int, ranks: Ranks) -> Iterator[Piece]:
         """Only the rank's samples are loaded. What workers draw at random depends on epoch and rank."""
         tell_epoch(epoch, self._dataset)
-        ours, theirs = tee(self._windows.shares(epoch, first, ranks))  # the loader may ask ahead of us
-        self._chunks.lists = (indices[at : at + size] for indices in theirs for at in range(0, len(indices), size))
+        ours, theirs = tee(self.cuts(epoch, first, size, ranks))  # the loader may ask ahead of us
+        self._chunks.lists = (indices for micro_batches in theirs for indices in micro_batches)
         self._generator.manual_seed(seed_of(epoch, first, ranks.rank, self.identity().get("seed", 0)))
         loaded = iter(self._loader)
-        for indices in ours:
-            if not indices:
+        for micro_batches in ours:
+            if not micro_batches:
                 yield Piece(None, is_last=True)
-            for at in range(0, len(indices), size):
-                yield Piece(next(loaded), is_last=at + size >= len(indices))
+            for num in range(1, len(micro_batches) + 1):
+                yield Piece(next(loaded), is_last=num == len(micro_batches))
+
+    def cuts(self, epoch: int, first: int, size: int, ranks: Ranks) -> Iterator[list[list[int]]]:
+        """A rank's share of each window as the indices of its micro-batches; none if the share is empty."""
+        for indices in self._windows.shares(epoch, first, ranks):
+            yield [indices[at : at + size] for at in range(0, len(indices), size)]
 
 
 class _Chunks:

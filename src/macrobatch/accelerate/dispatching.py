@@ -1,0 +1,108 @@
+"""A loader that rank 0 reads, for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from macrobatch.accelerate.loading import DataLoaderShard, DataLoaderStateMixin, marked
+from macrobatch.accelerate.state import PartialState
+from macrobatch.accelerate.utils.operations import (
+    concatenate,
+    ignorant_find_batch_size,
+    send_to_device,
+    slice_tensors,
+)
+
+__all__ = ["DataLoaderDispatcher"]
+
+
+class DataLoaderDispatcher(DataLoaderShard):
+    """Rank 0 reads, and every rank gets its rows: for streams, and for data that only one rank can see.
+
+    Args:
+        split_batches: each batch is split over the ranks; otherwise, one batch for each rank is read and split.
+        slice_fn: `(batch, slice, process_index=, num_processes=)` to cut rows out of a batch.
+    """
+
+    def __init__(self, dataset: Any, split_batches: bool = False, slice_fn: Any = None, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.split_batches = split_batches
+        self.slice_fn = slice_tensors if slice_fn is None else slice_fn
+        self.state = PartialState()
+
+    def __len__(self) -> int:
+        whole = super().__len__()
+        if self.split_batches:
+            return whole
+        return whole // self.state.num_processes if self.drops_last else -(-whole // self.state.num_processes)
+
+    @property
+    def total_batch_size(self) -> int:
+        """Samples of one batch of all ranks together."""
+        size = self.batch_size or 1
+        return size if self.split_batches else size * self.state.num_processes
+
+    def begin(self) -> None:
+        """An epoch begins."""
+        DataLoaderStateMixin.begin(self)
+
+    def _epoch(self) -> Iterator[Any]:
+        rank = self.state.process_index
+        groups = self._shares() if rank == 0 else None
+        position = self.position
+        position.num_batches = 0
+        while True:
+            sent = (
+                [None] * self.state.num_processes if groups is None else next(groups, [None] * self.state.num_processes)
+            )
+            received = [sent[0]]
+            if self.state.num_processes > 1:
+                dist.scatter_object_list(received, sent if rank == 0 else None, 0)
+            if received[0] is None:
+                return
+            share, is_last, num_rows = received[0]
+            batch = share if self.device is None else send_to_device(share, self.device, self.non_blocking)
+            self.end_of_dataloader = is_last
+            if is_last:
+                self.remainder = num_rows
+            position.num_batches += 1
+            if position.num_batches > self.skip_batches:
+                self.gradient_state._yielded(self, ignorant_find_batch_size(batch) or 1)  # pyright: ignore[reportPrivateUsage]
+                yield batch
+            if is_last:
+                return
+
+    def _shares(self) -> Iterator[list[Any]]:
+        """On rank 0: for each batch of all ranks together, what every rank gets of it."""
+        num_ranks = self.state.num_processes
+        first = None
+        for batch, is_last in marked(self._together(), None):
+            num_rows = ignorant_find_batch_size(batch) or 0
+            if first is None:
+                first = self._cut(batch, slice(0, num_ranks))
+            missing = -num_rows % num_ranks
+            if missing and not self.drops_last:
+                batch = concatenate([batch, *[first] * -(-missing // max(ignorant_find_batch_size(first) or 1, 1))])
+            size = (num_rows + (0 if self.drops_last else missing)) // num_ranks
+            yield [
+                (self._cut(batch, slice(rank * size, (rank + 1) * size), rank), is_last, num_rows)
+                for rank in range(num_ranks)
+            ]
+
+    def _cut(self, batch: Any, rows: slice, rank: int = 0) -> Any:
+        return self.slice_fn(batch, rows, process_index=rank, num_processes=self.state.num_processes)
+
+    def _together(self) -> Iterator[Any]:
+        batches = DataLoader.__iter__(self)
+        if self.split_batches:
+            yield from batches
+            return
+        while group := list(islice(batches, self.state.num_processes)):
+            if len(group) < self.state.num_processes and self.drops_last:
+                return
+            yield concatenate(group)

@@ -1,0 +1,125 @@
+"""From a model, an optimizer and a config to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from macrobatch.colossalai.amp import make_precision
+from macrobatch.colossalai.core import global_context as gpc
+from macrobatch.colossalai.engine.engine import Engine
+from macrobatch.colossalai.engine.gradient_accumulation import (
+    GradAccumDataloader,
+    GradAccumGradientHandler,
+    GradAccumLrSchedulerByStep,
+    GradAccumOptimizer,
+)
+from macrobatch.colossalai.gradient_handler import build_gradient_handlers
+from macrobatch.colossalai.keys import check_config
+from macrobatch.colossalai.logging import get_dist_logger
+from macrobatch.colossalai.utils.device import get_current_device
+from macrobatch.core.precision import Precision
+from macrobatch.core.window import Tail
+from macrobatch.errors import ArgumentError
+
+__all__ = ["initialize"]
+
+
+def initialize(
+    model: nn.Module | Callable[[], nn.Module],
+    optimizer: Optimizer | Callable[..., Optimizer],
+    criterion: Any = None,
+    train_dataloader: Iterable[Any] | None = None,
+    test_dataloader: Iterable[Any] | None = None,
+    lr_scheduler: Any = None,
+    ophooks: Sequence[Any] | None = None,
+    verbose: bool = True,
+    *,
+    tail: Tail = "apply",
+) -> tuple[Engine, Any, Any, Any]:
+    """The engine that the config asks for, and the loaders and scheduler to use with it.
+
+    Args:
+        model: trained in place, or a function that builds it.
+        optimizer: of its parameters, or a class or function of them.
+        criterion: of outputs and labels; a mean over the batch.
+        train_dataloader: iterate the one that is returned: it knows where the data ends.
+        test_dataloader: returned as it is.
+        lr_scheduler: step the one that is returned, in every iteration or in every epoch.
+        tail: what becomes of the last batches of an epoch, if they do not fill a window: "apply" them as a short one,
+            or "drop" them.
+
+    Returns:
+        engine, train_dataloader, test_dataloader, lr_scheduler.
+
+    Raises:
+        ConfigException: a key of the config is wrong.
+        ArgumentError: model or optimizer is none.
+
+    ```pycon
+    >>> from macrobatch.colossalai import launch
+    >>> launch(dict(gradient_accumulation=2), rank=0, world_size=1, host="localhost", port=29500, verbose=False)
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> data = [(torch.full((1, 1), x), torch.zeros(1, 1)) for x in (1.0, 2.0, 3.0)]
+    >>> engine, loader, _, _ = initialize(
+    ...     model, torch.optim.SGD(model.parameters(), lr=0.0), nn.L1Loss(), data, verbose=False
+    ... )
+    >>> for x, y in loader:
+    ...     engine.zero_grad()
+    ...     engine.backward(engine.criterion(engine(x), y))
+    ...     _ = engine.step()
+    >>> engine.num_iterations, engine.num_updates
+    (3, 2)
+    >>> gpc.destroy()
+
+    ```
+    """
+    config: dict[str, Any] = gpc.config or {}
+    check_config(config)
+    if verbose:
+        get_dist_logger().info(f"config: {dict(config)}", ranks=[0])
+    torch.backends.cudnn.benchmark = bool(config.get("cudnn_benchmark", False))
+    torch.backends.cudnn.deterministic = bool(config.get("cudnn_deterministic", False))
+    device = get_current_device()
+    built = model if isinstance(model, nn.Module) else model()
+    if not isinstance(built, nn.Module):
+        raise ArgumentError(
+            "model", given=type(built).__name__, expected="a module, or a function that builds one", fix="pass one"
+        )
+    built = built.to(device)
+    plain = optimizer if isinstance(optimizer, Optimizer) else optimizer(built.parameters())
+    if not isinstance(plain, Optimizer):
+        raise ArgumentError(
+            "optimizer", given=type(plain).__name__, expected="an optimizer, or a class of one", fix="pass one"
+        )
+    wrapped: nn.Module = built
+    if config.get("torch_ddp") is not None and gpc.world_size > 1:
+        options: dict[str, Any] = config["torch_ddp"]
+        wrapped = DistributedDataParallel(
+            built, device_ids=[device.index] if device.type == "cuda" else None, **options
+        )
+    size = config.get("gradient_accumulation") or 1
+    precision = make_precision(config.get("fp16"), device) or Precision()
+    accumulating = GradAccumOptimizer(plain, size, wrapped, precision)
+    handlers = build_gradient_handlers(config.get("gradient_handler"), built, plain)
+    engine = Engine(
+        wrapped,
+        accumulating,
+        criterion,
+        gradient_handlers=[GradAccumGradientHandler(each, size, accumulating) for each in handlers],
+        clip_grad_norm=config.get("clip_grad_norm") or 0.0,
+        ophook_list=ophooks,
+        verbose=verbose,
+    )
+    loader: Any = train_dataloader
+    if train_dataloader is not None:
+        loader = GradAccumDataloader(train_dataloader, size, accumulating, tail)
+    scheduler = lr_scheduler
+    if lr_scheduler is not None:
+        scheduler = GradAccumLrSchedulerByStep(lr_scheduler, size, accumulating)
+    return engine, loader, test_dataloader, scheduler

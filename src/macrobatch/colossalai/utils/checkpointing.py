@@ -1,0 +1,212 @@
+"""Checkpoints: a file with the model, and if wanted all that a run needs to go on from there."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from macrobatch.checkpoint import load_file, save_file
+from macrobatch.colossalai.context import ParallelMode
+from macrobatch.colossalai.core import global_context as gpc
+from macrobatch.core.handover import share_of
+from macrobatch.errors import PeerError, StateError
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+class Stateful(Protocol):
+    """What has a state that can be saved: an optimizer, a schedule, an engine."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any, /) -> object: ...
+
+
+def save_checkpoint(
+    file: str | Path,
+    epoch: int,
+    model: nn.Module,
+    optimizer: Stateful | None = None,
+    lr_scheduler: Stateful | None = None,
+    engine: Stateful | None = None,
+) -> None:
+    """Write a checkpoint, which is there as a whole or not at all.
+
+    The first rank writes it. With an engine, all ranks have to call this: each one's part of the window under way is
+    in a file of its own beside it, `{file}.{number}.rank{rank}`.
+
+    Args:
+        file: where to; a file that is there is replaced.
+        epoch: the one that was finished last, for `load_checkpoint` to return.
+        model: whose parameters and buffers are saved.
+        optimizer: to be saved as well.
+        lr_scheduler: to be saved as well.
+        engine: whose window is to be saved as well: its gradients so far, its weights and the loss scale.
+
+    Raises:
+        PeerError: a rank could not write its part; the checkpoint that was there before still is.
+    """
+    path = Path(file)
+    others = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    checkpoint: dict[str, Any] = {"epoch": epoch}
+    if engine is not None:
+        checkpoint["window"] = engine.state_dict()
+        checkpoint["world_size"] = gpc.get_world_size(ParallelMode.DATA)
+        checkpoint["number"] = _write_parts(path, checkpoint["window"])
+    if gpc.get_global_rank() == 0:
+        checkpoint["model"] = model.state_dict()
+        checkpoint |= {name: each.state_dict() for name, each in others.items() if each is not None}
+        save_file(checkpoint, path)
+    if engine is not None:
+        _agree(None)
+        rank = gpc.get_global_rank()
+        for old in path.parent.glob(f"{_escaped(path.name)}.*.rank{rank}"):
+            if old != _part(path, checkpoint["number"], rank):
+                old.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    file: str | Path,
+    model: nn.Module,
+    optimizer: Stateful | None = None,
+    lr_scheduler: Stateful | None = None,
+    strict: bool = True,
+    engine: Stateful | None = None,
+) -> int:
+    """Take over a checkpoint on this rank, with all that is asked for, or refuse it and change nothing.
+
+    Every rank calls this. Nothing but tensors and plain values is read from the file, which could come from anywhere.
+
+    Args:
+        file: what `save_checkpoint` wrote.
+        model: takes its parameters and buffers.
+        optimizer: takes its state.
+        lr_scheduler: takes its state.
+        strict: whether the model has to have the very entries of the file.
+        engine: goes on with the saved window, also over another number of ranks.
+
+    Returns:
+        The epoch that it was saved with.
+
+    Raises:
+        StateError: the file is damaged, lacks something that was asked for, or is of another model.
+    """
+    path = Path(file)
+    checkpoint = _read(path)
+    wanted = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "window": engine}
+    for name in ("epoch", "model", *(name for name, each in wanted.items() if each is not None)):
+        if name not in checkpoint:
+            raise _unfit(path, f"no {name!r}, only {sorted(checkpoint)}", f"a checkpoint that was saved with {name}")
+    _check_model(path, checkpoint["model"], model, strict)
+    if optimizer is not None:
+        _check_optimizer(path, checkpoint["optimizer"], optimizer)
+    if engine is not None:
+        engine.load_state_dict(_window(path, checkpoint))
+    if optimizer is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if lr_scheduler is not None:
+        lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+    model.load_state_dict(checkpoint["model"], strict=strict)
+    return checkpoint["epoch"]
+
+
+# --- the parts of the ranks
+
+
+def _write_parts(path: Path, window: Mapping[str, Any]) -> str:
+    """Write every rank's own window, but the first one's; the number that they have in common."""
+    numbers = [secrets.token_hex(4)]
+    if gpc.world_size > 1:
+        dist.broadcast_object_list(numbers, src=0)
+    error = None
+    rank = gpc.get_global_rank()
+    if rank > 0:
+        try:
+            save_file({"window": window}, _part(path, numbers[0], rank))
+        except OSError as problem:
+            error = f"rank {rank}: {problem}"
+    _agree(error)
+    return numbers[0]
+
+
+def _agree(error: str | None) -> None:
+    """Wait for all ranks, and fail on all of them if one did."""
+    errors = [error]
+    if gpc.world_size > 1:
+        errors = [None] * gpc.world_size
+        dist.all_gather_object(errors, error)
+    found = "; ".join(each for each in errors if each)
+    if found:
+        raise PeerError(
+            "save_checkpoint",
+            given=found,
+            expected="every rank to write its part of the window",
+            fix="save to a folder that all ranks can write to",
+        )
+
+
+def _window(path: Path, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    saved = checkpoint["world_size"]
+    rank, world_size = gpc.get_global_rank(), gpc.get_world_size(ParallelMode.DATA)
+    needed = (rank,) if saved == world_size else range(saved)
+    states: list[Any] = [None] * saved
+    for each in needed:
+        source = checkpoint if each == 0 else _read(_part(path, checkpoint["number"], each))
+        states[each] = source["window"]
+    return share_of(states, rank=rank, world_size=world_size)
+
+
+def _part(path: Path, number: str, rank: int) -> Path:
+    return path.with_name(f"{path.name}.{number}.rank{rank}")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = load_file(path)
+    if not isinstance(content, dict):
+        raise _unfit(path, type(content).__name__, "a dict, as save_checkpoint writes")
+    return content
+
+
+# --- what fits what
+
+
+def _check_model(path: Path, state: object, model: nn.Module, strict: bool) -> None:
+    own = model.state_dict()
+    if not isinstance(state, Mapping):
+        raise _unfit(path, f"a model of type {type(state).__name__}", "the model's state_dict")
+    shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    wrong = [
+        f"{name} of shape {shape}"
+        for name, shape in shapes.items()
+        if isinstance(own.get(name), torch.Tensor) and tuple(own[name].shape) != shape
+    ]
+    if strict:
+        wrong += [f"no {name}" for name in own if name not in state]
+        wrong += [f"{name}, which the model has not" for name in state if name not in own]
+    if wrong:
+        raise _unfit(path, ", ".join(wrong[:5]), "the model's own parameters and buffers, in its shapes")
+
+
+def _check_optimizer(path: Path, state: object, optimizer: Stateful) -> None:
+    own = optimizer.state_dict()
+    try:
+        sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (state, own)]  # pyright: ignore[reportIndexIssue]
+    except (KeyError, TypeError):
+        raise _unfit(path, f"{state!r:.100} as the optimizer's state", "an optimizer's state_dict") from None
+    if sizes[0] != sizes[1]:
+        raise _unfit(path, f"groups of {sizes[0]} parameters", f"groups of {sizes[1]}, as the optimizer has")
+
+
+def _unfit(path: Path, given: str, expected: str) -> StateError:
+    return StateError(
+        f"the checkpoint {path}", given=given, expected=expected, fix="load one that was saved by the same script"
+    )

@@ -1,0 +1,136 @@
+"""What samples of different lengths cost, and lengths that can be planned with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from macrobatch.errors import ArgumentError, BatchError
+
+__all__ = ["LengthCost", "Lengths", "checked_lengths", "nonnegative_fit"]
+
+Lengths = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class LengthCost:
+    """What a sample of `n` tokens costs: `linear · n + quadratic · n²`, in any unit. The second term is attention's.
+
+    All ranks of a job need the same coefficients: fit them on one and pass the numbers on.
+
+    Args:
+        linear: per token, > 0.
+        quadratic: per pair of tokens, >= 0.
+
+    ```pycon
+    >>> cost = LengthCost.fit([128, 256, 512], [0.6e-3, 1.4e-3, 3.6e-3])
+    >>> f"{cost.of_lengths([1024])[0]:.4f} s"
+    '0.0104 s'
+
+    ```
+    """
+
+    linear: float = 1.0
+    quadratic: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, is_positive in (("linear", self.linear, True), ("quadratic", self.quadratic, False)):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < 0 or (is_positive and value == 0):
+                raise ArgumentError(
+                    f"LengthCost.{name}",
+                    given=value,
+                    expected="a finite number > 0" if is_positive else "a finite number >= 0",
+                    fix="leave it out, or measure it with LengthCost.fit",
+                )
+
+    @classmethod
+    def of_width(cls, width: int) -> LengthCost:
+        """The arithmetic of a decoder layer of a width, with a perceptron of four times that: per token 24·width², per
+        pair of tokens 2·width under a causal mask.
+
+        Source:
+            J. Kaplan et al., Scaling laws for neural language models (2020), table 1.
+        """
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ArgumentError("width", given=width, expected="an integer >= 1", fix="pass the model's hidden size")
+        return cls(linear=12.0 * width, quadratic=1.0)
+
+    @classmethod
+    def fit(cls, lengths: Sequence[int], seconds: Sequence[float]) -> LengthCost:
+        """Least squares through measured points; relative errors count, so that short samples do.
+
+        A time that does not grow with the length (launches) belongs to the micro-batch and not to its samples: measure
+        with enough samples that the device is busy, and divide by their number.
+
+        Args:
+            lengths: at least two different ones.
+            seconds: the time of a forward and backward of one sample of that length.
+
+        Raises:
+            ArgumentError: too few points, or numbers out of their domain.
+        """
+        tokens, times = np.asarray(lengths, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+        is_usable = tokens.ndim == 1 and tokens.shape == times.shape and len(set(tokens.tolist())) >= 2
+        if not is_usable or not bool(np.all(np.isfinite(tokens + times) & (tokens > 0) & (times > 0))):
+            raise ArgumentError(
+                "LengthCost.fit",
+                given=f"lengths {lengths!r:.60}, seconds {seconds!r:.60}",
+                expected="as many of both, finite and > 0, at two different lengths or more",
+                fix="measure at 256, 512 and 1024 tokens",
+            )
+        linear, quadratic = nonnegative_fit(tokens, tokens**2, times)
+        return cls(linear=max(linear, 1e-9 * quadratic), quadratic=quadratic)
+
+    def of_lengths(self, lengths: Sequence[int] | Lengths) -> NDArray[np.float64]:
+        """(N,) the cost of each sample."""
+        tokens = np.asarray(lengths, dtype=np.float64)
+        return self.linear * tokens + self.quadratic * tokens**2
+
+
+def nonnegative_fit(first: Any, second: Any, values: Any) -> tuple[float, float]:
+    """The a, b >= 0 with the least relative squares of `a · first + b · second − values`; values > 0."""
+    first, second, values = (np.asarray(part, dtype=np.float64) for part in (first, second, values))
+    columns = np.stack([first / values, second / values], axis=1)
+    ones = np.ones(len(columns))
+    a, b = np.linalg.lstsq(columns, ones, rcond=None)[0].tolist()
+    if a >= 0 and b >= 0:
+        return a, b
+    alone = [float(column @ ones / (column @ column)) for column in columns.T]
+    misses = [float(np.square(weight * column - 1).sum()) for weight, column in zip(alone, columns.T, strict=True)]
+    return (alone[0], 0.0) if misses[0] <= misses[1] else (0.0, alone[1])
+
+
+def checked_lengths(lengths: object, max_tokens: int) -> Lengths:
+    """(N,) lengths as int64.
+
+    Raises:
+        ArgumentError: not a flat row of integers, or none.
+        BatchError: a sample that no micro-batch can hold, by its number.
+    """
+    try:
+        values = np.asarray(lengths.cpu() if isinstance(lengths, Tensor) else lengths)
+    except ValueError:  # nested, of different lengths
+        values = np.empty((0, 0))
+    if values.ndim != 1 or len(values) == 0 or not np.issubdtype(values.dtype, np.integer):
+        raise ArgumentError(
+            "lengths",
+            given=f"{lengths!r:.60}",
+            expected="one integer for each sample, and at least one",
+            fix="pass [len(sample) for sample in dataset]",
+        )
+    tokens = values.astype(np.int64)
+    for sample in np.flatnonzero((tokens < 1) | (tokens > max_tokens))[:1].tolist():
+        raise BatchError(
+            f"sample {sample}",
+            given=f"{tokens[sample]} tokens",
+            expected=f"1 to max_tokens={max_tokens}",
+            fix="truncate it or leave it out" + (", or raise max_tokens" if tokens[sample] > 0 else ""),
+        )
+    return tokens
