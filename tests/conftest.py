@@ -1,12 +1,17 @@
-"""What every test may ask for."""
+"""What every test may ask for, and which tests share a worker."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from macrobatch.testing.pool import RankPool
+
+ROOT = Path(__file__).parents[1]
+GROUP = 'xdist_group("ranks")'
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +19,7 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
     """`ranks(world_size)` is a warm pool of that many ranks, the same for all tests of a pytest process.
 
     What may leave ranks waiting for each other, if it fails, asks for a pool with a short `timeout_s` of its own.
-    Tests with this fixture carry `pytest.mark.xdist_group`, so that under `--dist loadgroup` one worker has all pools.
+    Tests with this fixture carry `pytest.mark.xdist_group("ranks")`, so that one worker has all pools.
     """
     pools: dict[tuple[int, float], RankPool] = {}
 
@@ -27,3 +32,24 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadgroup`: files with tests of the group "ranks" go to one worker as a whole.
+
+    pytest 9.2 no longer lets pytest-xdist 3.8 pass groups on, which then spreads them in silence
+    (https://github.com/pytest-dev/pytest-xdist/issues/1386).
+    """
+    from xdist.scheduler import LoadGroupScheduling
+
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if GROUP in path.read_text(encoding="utf-8")]
+    names = {path.relative_to(ROOT).as_posix() for path in files}
+
+    class Scheduling(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if nodeid.split("::")[0] in names else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)

@@ -38,6 +38,11 @@ def test_main_is_rank_0_globally_and_locally(rank, local_rank, is_main, is_local
         {"local_rank": 1},
         {"world_size": 4, "local_rank": 2, "local_world_size": 2},
         {"local_world_size": 0},
+        {"rank": 0.5, "world_size": 2},
+        {"world_size": True},
+        {"rank": False},
+        {"world_size": float("nan")},
+        {"rank": "0"},
     ],
     ids=str,
 )

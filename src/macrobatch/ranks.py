@@ -33,9 +33,12 @@ class Ranks:
 
     def __post_init__(self) -> None:
         for size, index in ((self.world_size, self.rank), (self.local_world_size, self.local_rank)):
-            if not 0 <= index < size:
+            if type(index) is not int or type(size) is not int or not 0 <= index < size:
                 raise ArgumentError(
-                    "ranks", given=self, expected="0 <= rank < world_size, globally and locally", fix="use torchrun"
+                    "ranks",
+                    given=self,
+                    expected="integers, 0 <= rank < world_size, globally and locally",
+                    fix="use torchrun",
                 )
 
     @property

@@ -154,6 +154,7 @@ class TrainStep:
             device=device,
             sync=strategy,
         )
+        self._step.update.precision.groups = self._step.gradients.groups
         self._step.listeners += checked_listeners(listeners)
 
     @property
@@ -231,7 +232,8 @@ class TrainStep:
     def loader(self, dataset: Any, **options: Any) -> MacroBatchLoader:
         """A loader of this rank's shares of macro-batches of `global_batch` samples.
 
-        The same samples make up an update whatever the number of ranks, none comes twice and none is left out.
+        The same samples make up an update whatever the number of ranks, none comes twice and none is left out. Where
+        a rank cannot load its share, the others get a `PeerError` in that window (not under DistributedDataParallel).
 
         Args:
             dataset: with `len()` and `dataset[index]`, or an `IterableDataset`.
@@ -247,7 +249,12 @@ class TrainStep:
                 expected="to know how many samples an update sees",
                 fix="build the step with global_batch=1000",
             )
-        return MacroBatchLoader(dataset, self.global_batch, **options)
+        sync = self._step.sync
+        options.setdefault("ranks", sync.ranks(self._step.model))
+        loader = MacroBatchLoader(dataset, self.global_batch, **options)
+        if sync.has_peers:
+            loader.on_error = lambda: self._step.fail(counted=self._count is not None)
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """What the step itself knows: counters and the loss scale. Save model, optimizer and scheduler beside it."""

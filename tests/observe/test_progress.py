@@ -479,6 +479,10 @@ def test_other_listeners_hear_everything_while_a_bar_follows():
     assert [type(event) for event in events] == [mb.MicroBatchDone, mb.MicroBatchDone, mb.Updated] * 2
 
 
+def test_bar_without_a_step_goes_on_at_an_empty_share():
+    assert len(list(mb.track([torch.ones(2, 2), None, torch.ones(3, 2)], file=io.StringIO()))) == 3
+
+
 # --- bad input ---
 
 

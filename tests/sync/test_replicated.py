@@ -520,7 +520,7 @@ def test_window_several_terms_constant_equals_one_process(ranks):
 
 def test_window_several_terms_uniform_is_refused(ranks):
     """Each term would need the number of micro-batches of all ranks before the first backward."""
-    assert ranks(2).run(caught, "several_terms", TERM_SIZES, "uniform") == [(False, "NotYetError")] * 2
+    assert ranks(2).run(caught, "several_terms", TERM_SIZES, "uniform") == [(False, "LossError")] * 2
 
 
 def losses_by_term() -> list[tuple[float, float]]:
@@ -577,6 +577,36 @@ def test_window_fractional_weights_equal_one_process(ranks, counts, on_device):
     assert max(ranks(2).run(weights_with_fractions, F64, counts, on_device)) <= EXACT
     # Weights travel in the gradients' dtype: seven digits. Two updates of sums of some 30 numbers lose one more.
     assert max(ranks(2).run(weights_with_fractions, torch.float32, counts, on_device)) <= 1e-6
+
+
+def many_tokens(counts: bool) -> tuple[str | None, float]:
+    """More tokens than float32 can count one by one: 20,000,003 over two ranks."""
+    model = layers(dtype=torch.float32)
+    num_tokens = 10_000_001 + dist.get_rank()
+
+    def loss_fn(model: Any, x: Tensor) -> mb.Loss:
+        return mb.Loss(model(x).square().mean() * num_tokens, num_tokens)
+
+    step = mb.TrainStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        loss_fn,
+        micro_batch=4,
+        count=(lambda _: num_tokens) if counts else None,
+        sync=ReplicatedSync(),
+    )
+    try:
+        result = step(rows(4, seed=dist.get_rank(), dtype=torch.float32))
+    except mb.errors.LossError as error:
+        return error.what, 0.0
+    return None, result.weight
+
+
+@pytest.mark.parametrize("counts", [False, True], ids=["", "counted"])
+def test_window_of_more_tokens_than_float32_counts_works(ranks, counts):
+    for error, weight in ranks(2).run(many_tokens, counts):
+        assert error is None
+        assert weight == pytest.approx(20_000_003, rel=1e-7)  # weights travel in the gradients' dtype, float32 here
 
 
 # --- what a model may be ---

@@ -585,13 +585,11 @@ def test_window_batch_norm_statistics_are_the_same_on_all_ranks(ranks):
         assert same
 
 
-@pytest.mark.xfail(reason="running statistics see micro-batches of weight zero (known limit)")
 def test_window_batch_norm_statistics_do_not_count_micro_batches_of_weight_zero(ranks):
     (tracked, _), _ = ranks(2).run(batch_norm, [[3, 9], [3, 3]])
     assert tracked == [1, 2]
 
 
-@pytest.mark.xfail(reason="BatchNorm refuses the one borrowed sample (known limit)")
 def test_window_batch_norm_on_a_rank_without_samples_works(ranks):
     ranks(2, IMPATIENT_S).run(batch_norm, [[6, 0], [0, 3]])
 
@@ -651,3 +649,58 @@ def kinds_of_models(kind: str) -> float:
 @pytest.mark.parametrize("kind", ["conv", "tied_lm", "embedding", "lora"])
 def test_first_window_without_samples_borrows_from_another_rank(ranks, kind):
     assert max(ranks(2).run(kinds_of_models, kind)) <= EXACT
+
+
+def unreadable(how: str) -> list[str]:
+    """Rank 1 fails in front of a window: in its loader, or in cutting its batch. The next window is a good one."""
+    model = shard(layers(), mesh="plain")
+    bad = [dist.get_rank() == 1]
+
+    class Rows(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Tensor:
+            if bad[0] and index >= 4:
+                raise OSError("gone")
+            return rows(8, seed=1)[index]
+
+    step = mb.TrainStep(
+        model, SGD(model.parameters(), lr=0.1), mean_square, micro_batch=2, global_batch=8, sync=ShardedSync()
+    )
+    seen: list[str] = []
+    for _ in range(2):
+        try:
+            if how == "loader":
+                for batch in step.loader(Rows()):
+                    step(batch)
+            else:
+                step("nothing to cut" if bad[0] else rows(4))
+            seen.append("passed")
+        except (OSError, mb.errors.MacrobatchError) as error:
+            seen.append(type(error).__name__)
+        bad[0] = False
+    return seen
+
+
+@pytest.mark.parametrize(("how", "error"), [("loader", "OSError"), ("batch", "BatchError")])
+def test_error_in_front_of_a_window_reaches_the_other_ranks(ranks, how, error):
+    assert ranks(2, IMPATIENT_S).run(unreadable, how) == [["PeerError", "passed"], [error, "passed"]]
+
+
+def ranks_of_a_group() -> list[int]:
+    """A loader of a step whose sync is over half of the ranks, and one of a step that keeps to itself."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = groups[dist.get_rank() // 2]
+    sizes: list[int] = []
+    for sync in (mb.sync.ReplicatedSync(group=group), "local"):
+        model = layers()
+        step = mb.TrainStep(
+            model, SGD(model.parameters(), lr=0.1), mean_square, micro_batch=2, global_batch=8, sync=sync
+        )
+        sizes.append(len(next(iter(step.loader(torch.arange(8))))))
+    return sizes
+
+
+def test_loader_of_a_step_makes_shares_for_the_ranks_of_its_sync(ranks):
+    assert ranks(4).run(ranks_of_a_group) == [[4, 8]] * 4

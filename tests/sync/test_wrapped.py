@@ -430,7 +430,6 @@ def test_window_batch_norm_statistics_are_the_same_on_all_ranks(ranks):
         assert same
 
 
-@pytest.mark.xfail(reason="BatchNorm refuses the one borrowed sample (known limit)")
 def test_window_batch_norm_on_a_rank_without_samples_works(ranks):
     ranks(2, IMPATIENT_S).run(batch_norm, [[6, 0], [0, 3]])
 

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from macrobatch.accelerate.dispatching import DataLoaderDispatcher
 from macrobatch.accelerate.loading import OPTIONS, DataLoaderShard, DataLoaderStateMixin, SkipDataLoader
@@ -97,15 +97,12 @@ def prepare_data_loader(
             )
         own = (dataloader.batch_size or 1) // num_ranks if split_batches else dataloader.batch_size
         options |= {"batch_size": own, "drop_last": dataloader.drop_last}
-    elif dataloader.batch_sampler is None and not isinstance(dataloader.sampler, BatchSampler):
-        options |= {"sampler": dataloader.sampler, "batch_size": None}
     else:
-        is_inside = isinstance(dataloader.sampler, BatchSampler)
-        batches: Any = dataloader.sampler if is_inside else dataloader.batch_sampler
+        options |= _indices_of(dataloader)
         if num_ranks > 1:
             generator = _shared_generator(get_sampler(dataloader))
-            batches = BatchSamplerShard(batches, num_ranks, rank, split_batches, even_batches)
-        options |= {"sampler": batches, "batch_size": None} if is_inside else {"batch_sampler": batches}
+            name = "sampler" if dataloader.batch_sampler is None else "batch_sampler"
+            options[name] = BatchSamplerShard(options[name], num_ranks, rank, split_batches, even_batches)
     kinds = [str(getattr(kind, "value", kind)) for kind in rng_types or ()]
     kinds = [kind for kind in kinds if kind != "generator" or generator is not None]
     return DataLoaderShard(dataset, rng_types=kinds, synchronized_generator=generator, **options)
@@ -120,36 +117,46 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
     """
     if type(num_batches) is not int or num_batches < 0:
         raise ArgumentError("num_batches", given=num_batches, expected="an integer >= 0", fix="pass how many were seen")
+    if not isinstance(dataloader, DataLoaderShard):
+        return _skipping(dataloader, num_batches)
     if isinstance(dataloader, DataLoaderDispatcher):
         skipping = copy.copy(dataloader)
-        object.__setattr__(skipping, "skip_batches", num_batches or dataloader.position.num_restored)
-        return skipping
-    options: dict[str, Any] = {name: getattr(dataloader, name) for name in OPTIONS}
-    if isinstance(dataloader.dataset, IterableDataset):
-        options |= {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last}
-    elif isinstance(dataloader.sampler, BatchSampler) or dataloader.batch_sampler is None:
-        options |= {"sampler": dataloader.sampler, "batch_size": None}
     else:
-        options["batch_sampler"] = dataloader.batch_sampler
-    if not isinstance(dataloader, DataLoaderShard):
-        return SkipDataLoader(dataloader.dataset, num_batches, **options)
-    skipping = SkipDataLoader(
-        dataloader.dataset,
-        num_batches,
-        device=dataloader.device,
-        rng_types=dataloader.rng_types,
-        synchronized_generator=dataloader.synchronized_generator,
-        _drop_last=dataloader.drops_last,
-        _non_blocking=dataloader.non_blocking,
-        **options,
-    )
-    skipping.position = dataloader.position
-    if num_batches == 0 and dataloader.position.is_restored:
-        sampler: Any = dataloader.batches_of_indices
-        together = 1 if getattr(sampler, "split_batches", False) else getattr(sampler, "num_processes", 1)
-        skipping.num_skipped_together = dataloader.position.num_restored
-        skipping.skip_batches = -(-dataloader.position.num_restored // together)
+        options: dict[str, Any] = {name: getattr(dataloader, name) for name in OPTIONS} | _indices_of(dataloader)
+        skipping = SkipDataLoader(
+            dataloader.dataset,
+            device=dataloader.device,
+            rng_types=dataloader.rng_types,
+            synchronized_generator=dataloader.synchronized_generator,
+            _drop_last=dataloader.drops_last,
+            _non_blocking=dataloader.non_blocking,
+            **options,
+        )
+    position = skipping.position = dataloader.position
+    together = dataloader.num_skipped + num_batches * dataloader.num_at_once
+    if num_batches == 0 and position.is_restored:
+        together = position.num_together
+    skipping.num_skipped_together = together
+    skipping.skip_batches = -(-together // dataloader.num_at_once)
     return skipping
+
+
+def _skipping(dataloader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
+    """A loader that is not prepared, without its first batches; it can be prepared, unless it reads a stream."""
+    options: dict[str, Any] = {name: getattr(dataloader, name) for name in OPTIONS} | _indices_of(dataloader)
+    if isinstance(dataloader.dataset, IterableDataset):
+        return SkipDataLoader(dataloader.dataset, num_batches, **options)
+    name = "sampler" if dataloader.batch_sampler is None else "batch_sampler"
+    return DataLoader(dataloader.dataset, **{**options, name: SkipBatchSampler(options[name], num_batches)})
+
+
+def _indices_of(dataloader: DataLoader[Any]) -> dict[str, Any]:
+    """The arguments of a loader that say what is in a batch."""
+    if isinstance(dataloader.dataset, IterableDataset):
+        return {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last}
+    if dataloader.batch_sampler is None:
+        return {"sampler": dataloader.sampler, "batch_size": None}
+    return {"batch_sampler": dataloader.batch_sampler}
 
 
 def _check_divisible(dataloader: Any, num_ranks: int) -> None:

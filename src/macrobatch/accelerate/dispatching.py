@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from macrobatch.accelerate.loading import DataLoaderShard, DataLoaderStateMixin, marked
 from macrobatch.accelerate.state import PartialState
@@ -44,25 +43,25 @@ class DataLoaderDispatcher(DataLoaderShard):
     @property
     def total_batch_size(self) -> int:
         """Samples of one batch of all ranks together."""
-        size = self.batch_size or 1
-        return size if self.split_batches else size * self.state.num_processes
+        return (self.batch_size or 1) * self.num_at_once
+
+    @property
+    def num_at_once(self) -> int:
+        """Batches of the sampler, or of the stream, that are yielded to all ranks at once."""
+        return 1 if self.split_batches else self.state.num_processes
 
     def begin(self) -> None:
         """An epoch begins."""
         DataLoaderStateMixin.begin(self)
 
     def _epoch(self) -> Iterator[Any]:
-        rank = self.state.process_index
-        groups = self._shares() if rank == 0 else None
+        is_first, nothing = self.state.process_index == 0, [None] * self.state.num_processes
+        shares = self._shares() if is_first else iter(())
         position = self.position
-        position.num_batches = 0
+        position.num_batches, position.num_together = self.skip_batches, self.num_skipped
         while True:
-            sent = (
-                [None] * self.state.num_processes if groups is None else next(groups, [None] * self.state.num_processes)
-            )
-            received = [sent[0]]
-            if self.state.num_processes > 1:
-                dist.scatter_object_list(received, sent if rank == 0 else None, 0)
+            received = [None]
+            dist.scatter_object_list(received, next(shares, nothing) if is_first else None, 0)
             if received[0] is None:
                 return
             share, is_last, num_rows = received[0]
@@ -71,24 +70,27 @@ class DataLoaderDispatcher(DataLoaderShard):
             if is_last:
                 self.remainder = num_rows
             position.num_batches += 1
-            if position.num_batches > self.skip_batches:
-                self.gradient_state._yielded(self, ignorant_find_batch_size(batch) or 1)  # pyright: ignore[reportPrivateUsage]
-                yield batch
+            position.num_together += self.num_at_once
+            self.gradient_state._yielded(self, ignorant_find_batch_size(batch) or 1)  # pyright: ignore[reportPrivateUsage]
+            yield batch
             if is_last:
                 return
 
     def _shares(self) -> Iterator[list[Any]]:
         """On rank 0: for each batch of all ranks together, what every rank gets of it."""
         num_ranks = self.state.num_processes
-        first = None
-        for batch, is_last in marked(self._together(), None):
+        batches, _ = self._batches(0)
+        head = list(islice(batches, self.num_at_once))
+        if not head:
+            return
+        first = self._cut(_joined(head), slice(0, num_ranks))
+        rest = islice(chain(head, batches), self.num_skipped, None)
+        for batch, is_last in marked(self._together(rest), None):
             num_rows = ignorant_find_batch_size(batch) or 0
-            if first is None:
-                first = self._cut(batch, slice(0, num_ranks))
-            missing = -num_rows % num_ranks
-            if missing and not self.drops_last:
+            missing = 0 if self.drops_last else -num_rows % num_ranks
+            if missing:
                 batch = concatenate([batch, *[first] * -(-missing // max(ignorant_find_batch_size(first) or 1, 1))])
-            size = (num_rows + (0 if self.drops_last else missing)) // num_ranks
+            size = (num_rows + missing) // num_ranks
             yield [
                 (self._cut(batch, slice(rank * size, (rank + 1) * size), rank), is_last, num_rows)
                 for rank in range(num_ranks)
@@ -97,12 +99,12 @@ class DataLoaderDispatcher(DataLoaderShard):
     def _cut(self, batch: Any, rows: slice, rank: int = 0) -> Any:
         return self.slice_fn(batch, rows, process_index=rank, num_processes=self.state.num_processes)
 
-    def _together(self) -> Iterator[Any]:
-        batches = DataLoader.__iter__(self)
-        if self.split_batches:
-            yield from batches
-            return
-        while group := list(islice(batches, self.state.num_processes)):
-            if len(group) < self.state.num_processes and self.drops_last:
+    def _together(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while group := list(islice(batches, self.num_at_once)):
+            if len(group) < self.num_at_once and self.drops_last:
                 return
-            yield concatenate(group)
+            yield _joined(group)
+
+
+def _joined(group: list[Any]) -> Any:
+    return group[0] if len(group) == 1 else concatenate(group)

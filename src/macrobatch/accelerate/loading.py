@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from macrobatch.accelerate.gradient_state import GradientState
 from macrobatch.accelerate.sampling import (
     BatchSamplerShard,
+    IterableDatasetShard,
     SeedableRandomSampler,
     SkipBatchSampler,
     get_sampler,
@@ -23,7 +25,7 @@ from macrobatch.accelerate.utils.operations import ignorant_find_batch_size, sen
 from macrobatch.accelerate.utils.random import synchronize_rng_states
 from macrobatch.errors import StateError
 
-__all__ = ["OPTIONS", "DataLoaderShard", "DataLoaderStateMixin", "Position", "SkipDataLoader", "marked"]
+__all__ = ["OPTIONS", "DataLoaderShard", "DataLoaderStateMixin", "Position", "SkipDataLoader", "check_state", "marked"]
 
 OPTIONS = (
     "num_workers",
@@ -47,10 +49,10 @@ class Position:
         self.epoch = 0
         self.num_batches = 0
         """Batches of this rank that the epoch has yielded."""
+        self.num_together = 0
+        """Batches of the sampler that the epoch has yielded, to all ranks together."""
         self.start: dict[str, Any] | None = None
         self.is_restored = False
-        self.num_restored = 0
-        """Batches of all ranks together that were yielded before."""
 
 
 class DataLoaderStateMixin:
@@ -106,6 +108,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         self.rng_types = rng_types
         self.synchronized_generator = synchronized_generator
         self.skip_batches = skip_batches
+        self.num_skipped_together: int | None = None
         self.gradient_state = GradientState()
         self.position = Position()
         self.position.epoch = iteration
@@ -130,121 +133,156 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
     @property
     def total_batch_size(self) -> int:
         """Samples of one batch of all ranks together."""
-        sampler: Any = self.batches_of_indices
-        size: Any = sampler.batch_size if sampler is not None else self.batch_size
-        split = sampler is None or getattr(sampler, "split_batches", False)
-        return size if split else size * getattr(sampler, "num_processes", 1)
+        shares: Any = self.dataset if isinstance(self.dataset, IterableDatasetShard) else self.batches_of_indices
+        size = getattr(shares, "batch_size", None) or self.batch_size or 1
+        return size * self.num_at_once if shares is self.dataset else size * getattr(shares, "num_at_once", 1)
 
     @property
     def total_dataset_length(self) -> int:
         """Samples of all ranks together."""
-        return getattr(self.dataset, "total_length", None) or len(self.dataset)  # pyright: ignore[reportArgumentType]
+        dataset: Any = self.dataset
+        return len(dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset)
 
     @property
     def batches_of_indices(self) -> Any:
-        return self.sampler if isinstance(self.sampler, BatchSampler) else self.batch_sampler
+        """What yields the indices of a batch, or of an element where there are no batches; None for a stream."""
+        if isinstance(self.dataset, IterableDataset):
+            return None
+        return self.sampler if self.batch_sampler is None else self.batch_sampler
+
+    @property
+    def num_at_once(self) -> int:
+        """Batches of the sampler, or of the stream, that are yielded to all ranks at once."""
+        shares = self.dataset if isinstance(self.dataset, IterableDatasetShard) else self.batches_of_indices
+        return getattr(shares, "num_at_once", 1)
 
     def begin(self) -> None:
         """An epoch begins."""
         super().begin()
-        sampler = self.batches_of_indices
-        if not self.drops_last and getattr(sampler, "batch_size", None) and hasattr(self.dataset, "__len__"):
-            self.remainder = self.total_dataset_length % self.total_batch_size
+        if not self.drops_last and self.batch_size_of_indices:
+            with suppress(TypeError):  # a stream without a length
+                self.remainder = self.total_dataset_length % self.total_batch_size
+
+    @property
+    def batch_size_of_indices(self) -> int | None:
+        """Samples of one of the sampler's batches, if they are all of one size."""
+        return getattr(self.batches_of_indices, "batch_size", None) or self.batch_size
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.rng_types:
             synchronize_rng_states(self.rng_types, self.synchronized_generator)
         self.set_epoch(self.iteration)
         self.begin()
+        position = self.position
         try:
             yield from self._epoch()
-            self.position.epoch += 1
-            self.position.num_batches = 0
-            self.position.is_restored = False
+            position.epoch += 1
+            position.num_batches = position.num_together = 0
+            position.is_restored = False
         finally:
             self.end()
 
     def _epoch(self) -> Iterator[Any]:
         position = self.position
-        batches, total = self._resumed() if position.is_restored else self._fresh()
-        position.num_batches = self.skip_batches
+        batches, total = self._batches(self.num_skipped)
+        position.num_batches, position.num_together = self.skip_batches, self.num_skipped
         state = self.gradient_state
         for batch, is_last in marked(batches, total):
             moved = batch if self.device is None else send_to_device(batch, self.device, self.non_blocking)
             self.end_of_dataloader = is_last
             position.num_batches += 1
+            position.num_together += self.num_at_once
             state._yielded(self, ignorant_find_batch_size(moved) or 1)  # pyright: ignore[reportPrivateUsage]
             yield moved
 
-    def _fresh(self) -> tuple[Iterator[Any], int | None]:
-        """This epoch's batches, in an order that is drawn now, and how many there are, if that is known."""
-        sampler = get_sampler(self)
-        generator = getattr(sampler, "generator", None)
-        self.position.start = {
-            "torch": torch.get_rng_state(),
-            "generator": None if generator is None else generator.get_state(),
-            "initial_seed": getattr(sampler, "initial_seed", None),
-        }
-        batches = super().__iter__()
-        if isinstance(self.dataset, IterableDataset):
-            return islice(batches, self.skip_batches, None), None
-        return islice(batches, self.skip_batches, None), max(len(self) - self.skip_batches, 0)
+    @property
+    def num_skipped(self) -> int:
+        """Batches of the sampler that are left out, for all ranks together."""
+        if self.num_skipped_together is not None:
+            return self.num_skipped_together
+        return self.skip_batches * self.num_at_once
 
-    def _resumed(self) -> tuple[Iterator[Any], int | None]:
-        """The rest of a restored epoch, in the order that was drawn when it began."""
-        if isinstance(self.dataset, IterableDataset) or self.batches_of_indices is None:
-            return self._fresh()
-        whole: Any = self.batches_of_indices
-        while isinstance(whole, SkipBatchSampler):
-            whole = whole.batch_sampler
-        with self._as_at_the_start():
-            torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # what a loader draws for its workers
-            base = list(whole.batch_sampler if isinstance(whole, BatchSamplerShard) else whole)
-        if isinstance(whole, BatchSamplerShard):
-            together = 1 if whole.split_batches else whole.num_processes
-            shard = copy.copy(whole)
-            shard.batch_sampler = _Listed(base[self._num_skipped(together) :], whole.batch_size, whole.drop_last)
-            rest = list(shard)
+    def _batches(self, num_skipped: int) -> tuple[Iterator[Any], int | None]:
+        """The epoch's batches without the first, and how many there are, if that is known."""
+        indices = self.batches_of_indices
+        if self.position.is_restored and indices is not None:
+            with self._as_at_the_start():
+                self._draw_seed()
+                base = list(indices.batch_sampler if isinstance(indices, BatchSamplerShard) else indices)
+            return self._rest(base, num_skipped)
+        if not self.position.is_restored:
+            self.position.start = {"torch": torch.get_rng_state(), "generator": self._generator_state()}
+        if not num_skipped or indices is None:
+            return islice(super().__iter__(), self.skip_batches, None), _length(indices)
+        rest = SkipBatchSampler(indices, self.skip_batches)
+        return iter(self._loader_of(rest)), _length(rest)
+
+    def _rest(self, base: list[Any], num_skipped: int) -> tuple[Iterator[Any], int]:
+        """A restored epoch's batches without the first: those that an uninterrupted one has, on as many ranks."""
+        indices = self.batches_of_indices
+        if isinstance(indices, BatchSamplerShard):
+            whole, rest = divmod(num_skipped, self.num_at_once)
+            own = copy.copy(indices)
+            own.batch_sampler = base[num_skipped:] if rest else base
+            batches = list(own)[0 if rest else whole :]
         else:
-            rest = base[self._num_skipped(1) :]
-        options = {name: getattr(self, name) for name in OPTIONS if name != "persistent_workers"}
-        loader: DataLoader[Any] = DataLoader(self.dataset, batch_sampler=rest, **options)
-        with self._as_at_the_start():
-            return iter(loader), len(rest)
+            batches = base[num_skipped:]
+        if self.remainder >= 0 and self.batch_sampler is not None:
+            self.remainder = sum(map(len, base[num_skipped:])) % self.total_batch_size
+        with torch.random.fork_rng(devices=[]):  # the seed of its workers has been drawn before
+            own_state = None if self.generator is None else self.generator.get_state()
+            iterator = iter(self._loader_of(batches))
+            if self.generator is not None and own_state is not None:
+                self.generator.set_state(own_state)
+        return iterator, len(batches)
 
-    def _num_skipped(self, num_together: int) -> int:
-        """Batches of all ranks together that come before the rest."""
-        return self.skip_batches * num_together
+    def _loader_of(self, batches: Any) -> DataLoader[Any]:
+        """A plain loader like this one, of other batches of indices."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in OPTIONS if name != "persistent_workers"}
+        if self.batch_sampler is None:
+            return DataLoader(self.dataset, sampler=batches, batch_size=None, **options)
+        return DataLoader(self.dataset, batch_sampler=batches, **options)
+
+    def _draw_seed(self) -> None:
+        """Draw what a loader draws for its workers, before its sampler draws an order."""
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+
+    def _generator_state(self) -> Tensor | None:
+        """State of the sampler's own generator, if its order depends on that."""
+        sampler = get_sampler(self)
+        generator = None if isinstance(sampler, SeedableRandomSampler) else getattr(sampler, "generator", None)
+        return generator.get_state() if isinstance(generator, torch.Generator) else None
 
     @contextmanager
     def _as_at_the_start(self) -> Generator[None]:
         """Context with the generators as they were when the restored epoch began."""
         start, sampler = self.position.start, get_sampler(self)
-        now = torch.get_rng_state()
-        own = getattr(sampler, "generator", None)
         assert start is not None
-        torch.set_rng_state(start["torch"])
-        if isinstance(sampler, SeedableRandomSampler):
-            sampler.set_epoch(self.iteration)
-        elif isinstance(sampler, RandomSampler):
-            sampler.generator = None
-            if start["generator"] is not None:
-                sampler.generator = torch.Generator() if own is None else own
-                sampler.generator.set_state(start["generator"])
-        try:
-            yield
-        finally:
-            torch.set_rng_state(now)
-            if isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler):
-                sampler.generator = own if start["generator"] is None else sampler.generator
+        own = getattr(sampler, "generator", None)
+        now = self._generator_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(start["torch"])
+            if now is not None and start["generator"] is not None:
+                own.set_state(start["generator"])
+            elif now is not None:
+                sampler.generator = None
+            try:
+                yield
+            finally:
+                if now is not None:
+                    own.set_state(now)
+                    sampler.generator = own
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is of."""
         self.iteration = epoch
         sampler = get_sampler(self)
-        for each in (self.batch_sampler, sampler):
+        layers = [sampler, self.batches_of_indices]
+        while (inner := getattr(layers[-1], "batch_sampler", None)) is not None:
+            layers.append(inner)
+        for each in layers:
             if hasattr(each, "set_epoch"):
-                each.set_epoch(epoch)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+                each.set_epoch(epoch)
         if not hasattr(sampler, "set_epoch") and hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -257,14 +295,14 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         set_sampler(self, sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, position in it, and the random state that its order came from."""
-        sampler: Any = self.batches_of_indices
-        together = 1 if getattr(sampler, "split_batches", False) else getattr(sampler, "num_processes", 1)
+        """Epoch, position in it, the random state that its order came from, and the one that the next will."""
         return {
             "epoch": self.position.epoch,
             "num_batches": self.position.num_batches,
-            "num_batches_together": self.position.num_batches * together,
+            "num_batches_together": self.position.num_together,
             "start": self.position.start,
+            "generator": self._generator_state(),
+            "initial_seed": getattr(get_sampler(self), "initial_seed", None),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -273,29 +311,16 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         Raises:
             StateError: it is not a loader's state.
         """
-        expected = {"epoch", "num_batches", "num_batches_together", "start"}
-        if not isinstance(state_dict, Mapping) or set(state_dict) != expected:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise StateError(
-                "a loader's load_state_dict",
-                given=f"{state_dict!r:.100}",
-                expected=f"the keys {sorted(expected)}",
-                fix="pass what state_dict returned",
-            )
-        position = self.position
+        check_state(state_dict)
+        position, sampler = self.position, get_sampler(self)
         position.epoch, position.start = state_dict["epoch"], state_dict["start"]
-        position.is_restored = state_dict["start"] is not None and state_dict["num_batches"] > 0
-        position.num_restored = state_dict["num_batches_together"]
-        sampler = get_sampler(self)
-        start = state_dict["start"]
-        if start is not None and isinstance(sampler, SeedableRandomSampler):
-            sampler.initial_seed = start["initial_seed"]
-        elif (
-            start is not None
-            and not position.is_restored
-            and start["generator"] is not None
-            and hasattr(sampler, "generator")
-        ):
+        position.num_batches, position.num_together = state_dict["num_batches"], state_dict["num_batches_together"]
+        position.is_restored = position.num_batches > 0
+        if isinstance(sampler, SeedableRandomSampler) and state_dict["initial_seed"] is not None:
+            sampler.initial_seed = state_dict["initial_seed"]
+        elif isinstance(sampler, RandomSampler) and state_dict["generator"] is not None:
             sampler.generator = sampler.generator or torch.Generator()
+            sampler.generator.set_state(state_dict["generator"])
 
 
 class SkipDataLoader(DataLoaderShard):
@@ -303,19 +328,14 @@ class SkipDataLoader(DataLoaderShard):
 
     def __init__(self, dataset: Any, skip_batches: int = 0, **kwargs: Any) -> None:
         super().__init__(dataset, skip_batches=skip_batches, **kwargs)
-        self.num_skipped_together: int | None = None
 
     def __len__(self) -> int:
+        indices = self.batches_of_indices
+        if isinstance(indices, BatchSamplerShard) and self.num_skipped % self.num_at_once:
+            rest = copy.copy(indices)
+            rest.batch_sampler = range(self.num_skipped, len(indices.batch_sampler))
+            return len(rest)
         return max(super().__len__() - self.skip_batches, 0)
-
-    def _fresh(self) -> tuple[Iterator[Any], int | None]:
-        batches, total = super()._fresh()
-        return batches, None if total is None else len(self)
-
-    def _num_skipped(self, num_together: int) -> int:
-        if self.num_skipped_together is None:
-            return super()._num_skipped(num_together)
-        return self.num_skipped_together
 
 
 def marked(batches: Iterator[Any], total: int | None) -> Iterator[tuple[Any, bool]]:
@@ -334,14 +354,27 @@ def marked(batches: Iterator[Any], total: int | None) -> Iterator[tuple[Any, boo
     yield current, True
 
 
-class _Listed:
-    """Batches that are known already, as a batch sampler."""
+def check_state(state: Any) -> None:
+    """Refuse what is not a loader's state.
 
-    def __init__(self, batches: list[Any], batch_size: Any, drop_last: bool) -> None:
-        self.batches, self.batch_size, self.drop_last = batches, batch_size, drop_last
+    Raises:
+        StateError: it is something else.
+    """
+    counts = ("epoch", "num_batches", "num_batches_together")
+    expected = {*counts, "start", "generator", "initial_seed"}
+    is_whole = isinstance(state, Mapping) and set(state) == expected
+    if not is_whole or any(type(state[name]) is not int or state[name] < 0 for name in counts):
+        raise StateError(
+            "a loader's load_state_dict",
+            given=f"{state!r:.100}",
+            expected=f"the keys {sorted(expected)}, with counts >= 0",
+            fix="pass what state_dict returned",
+        )
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
 
-    def __len__(self) -> int:
-        return len(self.batches)
+def _length(indices: Any) -> int | None:
+    """How many batches there will be, if that is known."""
+    try:
+        return len(indices)
+    except TypeError:
+        return None

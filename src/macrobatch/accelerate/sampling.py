@@ -82,6 +82,11 @@ class BatchSamplerShard(BatchSampler):
             raise _indivisible(self.batch_size, num_processes)
 
     @property
+    def num_at_once(self) -> int:
+        """Batches that are yielded to all ranks at once."""
+        return 1 if self.split_batches else self.num_processes
+
+    @property
     def total_length(self) -> int:
         """Batches of all ranks together."""
         return len(self.batch_sampler)
@@ -116,7 +121,9 @@ class BatchSamplerShard(BatchSampler):
         first: list[list[Any]] = []
         while group := list(islice(batches, self.num_processes)):
             first = first or group
-            is_full = len(group) == self.num_processes and self.batch_size in (None, len(group[-1]))
+            is_full = len(group) == self.num_processes and (
+                self.batch_size is None or self.batch_size == len(group[-1])
+            )
             if is_full:
                 yield group[self.process_index]
             elif self.drop_last:
@@ -168,6 +175,11 @@ class IterableDatasetShard(IterableDataset[Any]):
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+    @property
+    def num_at_once(self) -> int:
+        """Batches that are yielded to all ranks at once."""
+        return 1 if self.split_batches else self.num_processes
 
     def __len__(self) -> int:
         whole = len(self.dataset) / (self.batch_size * self.num_processes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from macrobatch.errors import StateError
 
-__all__ = ["load_file", "replaced_folder", "save_file"]
+__all__ = ["load_file", "recover", "replaced_folder", "save_file"]
+
+_CONTENTS = ".contents.json"
+"""In a replaced folder: the names of what was written with it, in contrast to what others put there."""
 
 
 def save_file(value: Any, path: str | os.PathLike[str]) -> None:
@@ -30,12 +32,16 @@ def save_file(value: Any, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(value, partial, metadata={"format": "pt"})
-    else:
-        torch.save(value, partial)
-    _flush(partial)
-    partial.replace(path)
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(value, partial, metadata={"format": "pt"})
+        else:
+            torch.save(value, partial)
+        _flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     _flush(path.parent)
 
 
@@ -59,10 +65,9 @@ def load_file(path: str | os.PathLike[str], **options: Any) -> Any:
     except UnpicklingError as error:
         problem = f"a file with more than tensors and plain values ({str(error).partition(chr(10))[0]:.100})"
         fix = "save it again from state_dicts of tensors, numbers and text"
-    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, zipfile.BadZipFile) as error:
-        problem = (
-            f"a file that is not whole, or another one ({type(error).__name__}: {str(error).partition(chr(10))[0]:.80})"
-        )
+    except Exception as error:  # a damaged pickle may fail with anything
+        text = str(error).partition("\n")[0]
+        problem = f"a file that is not whole, or another one ({type(error).__name__}: {text:.80})"
         fix = "go on from another checkpoint"
     raise StateError(f"the checkpoint file {path.name!r}", given=problem, expected=f"what was saved at {path}", fix=fix)
 
@@ -70,31 +75,46 @@ def load_file(path: str | os.PathLike[str], **options: Any) -> Any:
 @contextmanager
 def replaced_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     """Context that yields an empty folder to write into. At its end, and not before, that stands in the place of
-    `folder`; after an error, or a kill, the old one is as it was.
+    `folder`; after an error, or a kill, the old one is as it was. Files that others put there are taken over.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     recover(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    yield partial
-    for path in partial.rglob("*"):
-        _flush(path)
-    _flush(partial)
+    try:
+        yield partial
+        names = sorted(path.name for path in partial.iterdir())
+        (partial / _CONTENTS).write_text(json.dumps(names), encoding="utf-8")
+        for path in partial.rglob("*"):
+            _flush(path)
+        _flush(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
     _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    recover(folder)
 
 
 def recover(folder: str | os.PathLike[str]) -> None:
-    """Put the old folder back, if a kill came between the two renames of `replaced_folder`."""
-    folder = Path(folder)
+    """Bring `replaced_folder` to its end, or the old folder back, if a kill came in between."""
+    folder = Path(folder).absolute()
     old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
+    if not old.exists():
+        return
+    if not folder.exists():
         old.rename(folder)
+        return
+    contents = old / _CONTENTS
+    own = [_CONTENTS, *json.loads(contents.read_text(encoding="utf-8"))] if contents.exists() else []
+    for path in old.iterdir():
+        if path.name not in own and not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    shutil.rmtree(old)
 
 
 def _flush(path: Path) -> None:

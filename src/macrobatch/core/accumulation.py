@@ -77,6 +77,7 @@ class Accumulation:
         self.gradients = gradients
         self.window = window
         self.precision = precision
+        precision.groups = gradients.groups
         self.sync = sync
         self.skip: str | None = None
         """Why the finished window must not become an update, if it must not: "no weight", "overflow", "given up"."""

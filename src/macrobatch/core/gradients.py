@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from macrobatch.core.autograd import accepts_wider, accumulation_dtype, set_gradient
 from macrobatch.errors import GradientError
 
-__all__ = ["Flat", "GradientBuffer", "Slot"]
+__all__ = ["Flat", "GradientBuffer", "Slot", "shards_of"]
 
 _ALIGN = 64  # elements; keeps every view on a 256-byte boundary, as vectorised kernels like it
 
@@ -103,6 +103,8 @@ class GradientBuffer:
         self._parameters = parameters
         self._header = header
         self._dtype = accumulation_dtype if widens else lambda dtype: dtype
+        self.shards = shards_of
+        """From a parameter, the groups over which it is cut into pieces; a sync may know better than its type tells."""
         self._ids: list[int] = []
         self._accepts: dict[tuple[Any, ...], bool] = {}
         self.slots: list[Slot] = []
@@ -149,9 +151,11 @@ class GradientBuffer:
                 slot.used = slot.local._version != slot.version
             elif adopts:
                 slot.used = grad is not None
-                if grad is not None:
+                if grad is None:
+                    slot.local.zero_()
+                else:
                     slot.local.copy_(_local(grad.to_dense() if grad.is_sparse else grad))
-                    set_gradient(slot.param, slot.view)
+                set_gradient(slot.param, slot.view)
             else:
                 raise GradientError(
                     f"the gradient of a parameter of shape {tuple(slot.param.shape)}",
@@ -233,6 +237,10 @@ class GradientBuffer:
             _detach(slot)
         self.slots, self._ids, self.flats = [], [], []
 
+    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """Ranks that have other pieces of the same parameters."""
+        return tuple(dict.fromkeys(group for flat in self.flats for group in flat.shards))
+
     def used(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters that the window used, each with its view of the buffer."""
         return [(slot.param, slot.view) for slot in self.slots if slot.used]
@@ -253,7 +261,7 @@ class GradientBuffer:
             _detach(slot)
         groups: dict[tuple[Any, ...], list[Tensor]] = {}
         for param in unique:
-            key = (_local(param).device, self._dtype(param.dtype), _shards(param))
+            key = (_local(param).device, self._dtype(param.dtype), self.shards(param))
             groups.setdefault(key, []).append(param)
         self.slots, self.flats = [], []
         widest_first = sorted(groups.items(), key=lambda item: (item[0][1].is_complex, -item[0][1].itemsize))
@@ -313,7 +321,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # pyright: ignore[reportPrivateUsage]
 
 
-def _shards(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+def shards_of(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups over which a parameter is cut into pieces."""
     if not isinstance(param, DTensor):
         return ()

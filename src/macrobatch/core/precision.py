@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,6 +27,8 @@ class Precision:
     name = "fp32"
     rescales = False
     """Whether an infinite gradient is this precision's own doing (its loss scale), to be skipped and learnt from."""
+    groups: Callable[[], Iterable[dist.ProcessGroup]] = staticmethod(tuple)
+    """Ranks that have other pieces of the same gradients; set by the step."""
 
     def forward(self) -> AbstractContextManager[Any]:
         """Context of one micro-batch's forward, its loss included; its backward runs outside of it."""
@@ -99,6 +102,10 @@ class Fp16(Precision):
         self.scaler.scale(torch.zeros((), device=self._device_type))  # sets it up where no loss has been scaled yet
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
+        for group in self.groups():  # an infinity in one rank's piece lowers the scale of all
+            for state in self.scaler._per_optimizer_states.values():  # pyright: ignore[reportPrivateUsage]
+                for found in state["found_inf_per_device"].values():
+                    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
         self._unscaled = True
 
     def update(self) -> None:

@@ -16,59 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_host
+from macrobatch.core.term import DIGIT, Seeds, Term, counts_of, summed
 from macrobatch.core.weighting import Constant, Exact, Normalize, Uniform
-from macrobatch.errors import LossError, NotYetError
+from macrobatch.errors import LossError
 
 __all__ = ["NUM_SUMS", "Seeds", "Tally"]
 
 _MAX_TERMS = 8
 _HEAD = 4
-NUM_SUMS = _HEAD + 4 * _MAX_TERMS
+_PER_TERM = 7
+NUM_SUMS = _HEAD + _PER_TERM * _MAX_TERMS
 """How many numbers `Tally.pack` returns."""
-
-
-class Seeds:
-    """0-d tensors that backwards start from, made once per value and on their device, without a copy from the host."""
-
-    __slots__ = ("_made",)
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[torch.dtype, torch.device], dict[float, Tensor]] = {}
-
-    def like(self, tensor: Tensor) -> dict[float, Tensor]:
-        """Those made so far for a tensor's dtype and device, by value."""
-        made = self._made.setdefault((tensor.dtype, tensor.device), {})
-        if len(made) >= 1024:
-            made.clear()
-        return made
-
-
-class _Term:
-    """One term of the loss over the window, by micro-batch: `tensors[i] * factors[i]` is a sum over `weights[i]`."""
-
-    __slots__ = ("expected", "factors", "promised", "rounded", "scale", "seeds", "tensors", "weights")
-
-    def __init__(self, expected: Weight, *, promised: bool, rounded: bool, seeds: dict[float, Tensor]) -> None:
-        self.expected = expected
-        self.promised = promised
-        self.rounded = rounded
-        self.scale = _scale(expected, rounded=rounded)
-        self.seeds = seeds
-        self.tensors: list[Tensor] = []
-        self.factors: list[float] = []
-        self.weights: list[Weight] = []
-
-    def sums(self, device: torch.device) -> Tensor:
-        """Over its micro-batches: the sum of losses, the weight, how many have weight, the sum of their means."""
-        totals = torch.stack(self.tensors).double() * torch.tensor(self.factors, dtype=torch.float64, device=device)
-        if any(isinstance(weight, Tensor) for weight in self.weights):
-            each = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in self.weights]
-            weights = torch.stack(each)
-        else:
-            weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
-        counts = weights > 0
-        means = torch.where(counts, totals / torch.where(counts, weights, 1.0), 0.0)
-        return torch.stack([totals.sum(), weights.sum(), counts.double().sum(), means.sum()])
 
 
 class Tally:
@@ -101,7 +59,7 @@ class Tally:
         self._seeds = seeds or Seeds()
         self._read: dict[str, tuple[float, float]] | None = None
         self._everywhere: dict[str, tuple[float, float]] | None = None
-        self.terms: dict[str, _Term] = {}
+        self.terms: dict[str, Term] = {}
 
     def admit(self, output: Any, num_samples: int) -> tuple[list[Tensor], list[Tensor]]:
         """Take in what a loss function returned for one micro-batch of `num_samples` samples.
@@ -156,13 +114,14 @@ class Tally:
         """The weight the window has seen so far, per term: a number if all of it was known to the host."""
         if self._everywhere is not None:
             return {name: weight for name, (weight, _) in self._everywhere.items()}
-        return {name: _summed(term.weights) for name, term in self.terms.items()}
+        return {name: summed(term.weights) for name, term in self.terms.items()}
 
     def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What other ranks need of this one's tally, as `NUM_SUMS` numbers that may be added up over ranks.
 
         For the rank: whether it has terms, how many, a checksum of their names, whether their scale is a power of two.
-        For each term: the sum of its losses, its weight, its micro-batches with weight, the sum of their means.
+        For each term: its weight, the sum of its losses, its micro-batches with weight, the sum of their means. A
+        weight is cut into digits of 12 bits, which float32 adds up exactly over 4,096 ranks, and a fraction.
         """
         if not self.terms:
             return torch.zeros(NUM_SUMS, dtype=dtype, device=device)
@@ -175,9 +134,12 @@ class Tally:
             )
         rounded = any(term.rounded for term in self.terms.values())
         head = [1.0, float(len(self.terms)), _checksum(self.terms), float(rounded)]
+        if device.type == "cpu":
+            numbers = head + [number for term in self.terms.values() for number in term.sums_on_host()]
+            return torch.tensor(numbers + [0.0] * (NUM_SUMS - len(numbers)), dtype=dtype)
         sums = [torch.tensor(head, dtype=torch.float64, device=device)]
         sums += [term.sums(device) for term in self.terms.values()]
-        return F.pad(torch.cat(sums), (0, NUM_SUMS - _HEAD - 4 * len(self.terms))).to(dtype)
+        return F.pad(torch.cat(sums), (0, NUM_SUMS - _HEAD - _PER_TERM * len(self.terms))).to(dtype)
 
     def absorb(self, sums: Sequence[float]) -> None:
         """Take over what the tallies of all ranks add up to; loss, weight and correction are then the same on all.
@@ -199,15 +161,18 @@ class Tally:
                 fix="let loss_fn return every term on every rank; one that does not apply has total 0 and weight 0",
             )
         if len(self.terms) > 1 and isinstance(self._policy, Uniform):
-            raise NotYetError(
-                "normalize",
-                given='"uniform" for a loss of several terms over several ranks',
-                expected='"exact" or Constant(n)',
-                fix='leave normalize at "exact" and pass count',
+            raise LossError(
+                "the loss",
+                given=f'{len(self.terms)} terms over several ranks with normalize="uniform"',
+                expected="a denominator that is known before the first backward; no rank knows how many micro-batches "
+                "of the others will have weight in each term",
+                fix='leave normalize at "exact" and pass count, pass Constant(n), or add the terms up',
             )
         self._everywhere, self._read = {}, {}
         for index, name in enumerate(self.terms):
-            total, weight, num_weighted, means = sums[_HEAD + 4 * index : _HEAD + 4 * index + 4]
+            begin = _HEAD + _PER_TERM * index
+            top, upper, lower, fraction, total, num_weighted, means = sums[begin : begin + _PER_TERM]
+            weight = (top * DIGIT + upper) * DIGIT + lower + fraction
             self._everywhere[name] = (weight, num_weighted)
             match self._policy:
                 case Exact():
@@ -276,7 +241,7 @@ class Tally:
         for name, saved in state.items():
             losses = [loss.to(device) for loss in saved["losses"]]
             like = losses[0] if losses else torch.zeros((), device=device)
-            term = _Term(saved["expected"], promised=False, rounded=saved["rounded"], seeds=self._seeds.like(like))
+            term = Term(saved["expected"], promised=False, rounded=saved["rounded"], seeds=self._seeds.like(like))
             term.tensors, term.factors, term.weights = losses, list(saved["factors"]), list(saved["weights"])
             self.terms[name] = term
 
@@ -298,7 +263,7 @@ class Tally:
         num = self._policy.num_micro_batches if isinstance(self._policy, Constant) else len(means)
         return (math.fsum(means) / num if means else 0.0), weight
 
-    def _denominator(self, term: _Term, weight: Weight) -> Weight:
+    def _denominator(self, term: Term, weight: Weight) -> Weight:
         match self._policy:
             case Exact():
                 return weight
@@ -341,7 +306,7 @@ class Tally:
         for name in sorted(counted) if len(counted) == num_terms else [f"loss {i}" for i in range(num_terms)]:
             self.terms[name] = self._term(counted.get(name), rounded=rounded, seeds={})
 
-    def _term(self, counted: Weight | None, *, rounded: bool, seeds: dict[float, Tensor]) -> _Term:
+    def _term(self, counted: Weight | None, *, rounded: bool, seeds: dict[float, Tensor]) -> Term:
         match self._policy:
             case Exact():
                 expected = self._guess if counted is None else counted
@@ -349,14 +314,14 @@ class Tally:
                 expected = self._num or 1
             case Constant(n):
                 expected = n
-        return _Term(expected, promised=counted is not None, rounded=rounded, seeds=seeds)
+        return Term(expected, promised=counted is not None, rounded=rounded, seeds=seeds)
 
-    def _num_weighted(self, term: _Term) -> Weight:
+    def _num_weighted(self, term: Term) -> Weight:
         if self._everywhere is not None:
             return next(num for name, (_, num) in self._everywhere.items() if self.terms[name] is term)
-        return _summed(list(map(_counts, term.weights)))
+        return summed(list(map(counts_of, term.weights)))
 
-    def _seed(self, term: _Term, tensor: Tensor, factor: float, weight: Weight) -> Tensor:
+    def _seed(self, term: Term, tensor: Tensor, factor: float, weight: Weight) -> Tensor:
         scale = term.scale
         if not isinstance(self._policy, Exact):  # each micro-batch enters with its mean
             if isinstance(weight, Tensor):
@@ -369,16 +334,6 @@ class Tally:
         if seed is None:
             seed = term.seeds[scale * factor] = torch.full((), scale * factor, dtype=tensor.dtype, device=tensor.device)
         return seed
-
-
-def _scale(expected: Weight, *, rounded: bool) -> float | Tensor:
-    if isinstance(expected, Tensor):
-        expected = expected.double()
-        scale = torch.exp2(-torch.round(torch.log2(expected))) if rounded else 1.0 / expected
-        return torch.where(expected > 0, scale, torch.zeros_like(expected))
-    if expected <= 0:
-        return 0.0
-    return 2.0 ** -round(math.log2(expected)) if rounded else 1.0 / expected
 
 
 def _checksum(names: Iterable[str]) -> float:
@@ -400,23 +355,10 @@ def _check_promise(name: str, expected: Weight, seen: Weight) -> None:
     )
 
 
-def _term_error(parts: Mapping[str, Part], terms: Mapping[str, _Term]) -> LossError:
+def _term_error(parts: Mapping[str, Part], terms: Mapping[str, Term]) -> LossError:
     return LossError(
         "the terms of the loss",
         given=sorted(parts),
         expected=f"{sorted(terms)}, as in the window's first micro-batch",
         fix="return every term for every micro-batch; one that does not apply has total 0 and weight 0",
     )
-
-
-def _counts(weight: Weight) -> Weight:
-    return (weight > 0).to(torch.float32) if isinstance(weight, Tensor) else float(weight > 0)
-
-
-def _summed(weights: Sequence[Weight]) -> Weight:
-    on_device = [weight for weight in weights if isinstance(weight, Tensor)]
-    on_host = math.fsum(weight for weight in weights if not isinstance(weight, Tensor))
-    if not on_device:
-        return on_host
-    # float64 counts exactly to 2^53; adding float32 counts would round beyond 2^24 tokens.
-    return torch.stack(on_device).sum(dtype=torch.float64) + on_host

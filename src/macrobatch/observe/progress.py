@@ -78,7 +78,7 @@ def _tracked(loader: Iterable[T], step: Tracked | None, meter: _Meter, bar: tqdm
     try:
         for batch in loader:
             yield batch
-            if step is None:
+            if step is None and batch is not None:  # an empty share
                 meter.num_samples += tree.num_rows(batch)
             bar.update()
             meter.show(bar)

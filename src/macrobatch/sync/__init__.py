@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from macrobatch.errors import ArgumentError, NotYetError
+from macrobatch.errors import ArgumentError
 from macrobatch.sync.base import LocalSync, Sync
 from macrobatch.sync.replicated import ReplicatedSync
 from macrobatch.sync.sharded import Policy, ShardedSync
@@ -33,14 +33,7 @@ def make_sync(sync: object, model: nn.Module) -> Sync:
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         if alone:
             return LocalSync()
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise NotYetError(
-                "model",
-                given="a FullyShardedDataParallel (FSDP1)",
-                expected="a model that fully_shard (FSDP2) has been applied to",
-                fix="use torch.distributed.fsdp.fully_shard, its successor",
-            )
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
         return ShardedSync() if any(isinstance(m, FSDPModule) for m in model.modules()) else ReplicatedSync()
     raise ArgumentError("sync", given=sync, expected='"auto", "local" or a Sync object', fix='leave it at "auto"')

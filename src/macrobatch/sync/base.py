@@ -10,6 +10,7 @@ from torch import nn
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
+from macrobatch.ranks import Ranks
 
 __all__ = ["LocalSync", "Sync"]
 
@@ -32,6 +33,10 @@ class Sync:
 
     widens = True
     """Whether 16-bit parameters may have gradients in float32."""
+
+    def ranks(self, model: nn.Module) -> Ranks:
+        """This process among those that share a macro-batch."""
+        return Ranks()
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Make parameters and module buffers equal on all ranks."""

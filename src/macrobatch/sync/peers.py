@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from macrobatch.core.loss import Weight, checked_counts
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, LossError, PeerError
+from macrobatch.ranks import Ranks
 
-__all__ = ["Peers"]
+__all__ = ["Peers", "ranks_in", "sparing_buffers", "unlike"]
 
 CPU = torch.device("cpu")
 
@@ -27,6 +29,32 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), str(tensor.dtype)
+
+
+def ranks_in(group: dist.ProcessGroup | None) -> Ranks:
+    """This process in a group; None means all ranks."""
+    return Ranks(rank=dist.get_rank(group), world_size=dist.get_world_size(group))
+
+
+def unlike(given: str) -> ArgumentError:
+    """The error of ranks that train different parameters."""
+    return ArgumentError(
+        "the trained parameters",
+        given=given,
+        expected="the same model, and the same parameters in the same order, on every rank",
+        fix="build, freeze and extend model and optimizer alike on every rank",
+    )
+
+
+@contextmanager
+def sparing_buffers(model: nn.Module, inner: AbstractContextManager[Any]) -> Generator[None]:
+    """Run a micro-batch that counts nothing: running statistics must not see it."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with inner:
+        yield
+    with torch.no_grad():
+        for buffer, value in saved:
+            buffer.copy_(value)
 
 
 class Peers:
@@ -61,12 +89,7 @@ class Peers:
         everywhere: list[Any] = [None] * self.num
         dist.all_gather_object(everywhere, signature, group=self.group)
         if any(other != signature for other in everywhere):
-            raise ArgumentError(
-                "the trained parameters",
-                given=f"{[len(other) for other in everywhere]} tensors by rank, or others, or in another order",
-                expected="the same model, and the same parameters in the same order, on every rank",
-                fix="build model and optimizer alike on every rank",
-            )
+            raise unlike(f"{[len(other) for other in everywhere]} tensors by rank, or others, or in another order")
 
     def plan(self, plan: Plan) -> Plan:
         """What all ranks together know of a window.
@@ -79,6 +102,25 @@ class Peers:
             self._guesses = max(guess, 1.0), max(round(num), 1)
         guess, num = self._guesses
         return plan._replace(guess=guess, num_micro_batches=num, expected=self._expected(plan.expected))
+
+    def longest(self, num: int | None) -> int:
+        """The largest number of micro-batches that a rank has.
+
+        Args:
+            num: on this rank; None if it has failed before the window, which the others then hear.
+
+        Raises:
+            PeerError: another rank has failed; none has begun the window.
+        """
+        longest, has_failed = self.summed([float(num or 0), float(num is None)], dist.ReduceOp.MAX)
+        if has_failed and num is not None:
+            raise PeerError(
+                "the window",
+                given="an error on another rank, in front of it",
+                expected="every rank to begin the window; nothing was changed on this one",
+                fix="look at the error of the rank that failed",
+            )
+        return round(longest)
 
     def summed(self, numbers: Sequence[float] | Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
         """Numbers added up over ranks (or reduced otherwise), in float64."""
@@ -127,20 +169,28 @@ class Peers:
         params = [slot.param.detach().abs().sum(dtype=torch.float64).to(self.device) for slot in gradients.slots]
         self.check_alike({"parameters": torch.stack(params).sum(), "gradients": gradients.norm()})
 
-    def add_up(self, gradients: GradientBuffer, tally: Tally) -> None:
-        """Weights, losses and which parameters were used, for gradients that are added up already."""
-        used = torch.tensor([float(slot.used) for slot in gradients.slots], dtype=torch.float64, device=self.device)
-        numbers = self.summed(torch.cat([tally.pack(torch.float64, self.device), used]))
-        for slot, uses in zip(gradients.slots, numbers[NUM_SUMS:], strict=True):
+    def add_up(self, gradients: GradientBuffer, tally: Tally) -> int:
+        """Weights, losses and which parameters were used, for gradients that are added up already.
+
+        Returns:
+            The first rank that had a micro-batch of its own, by its number in the group.
+        """
+        begin = NUM_SUMS + self.num
+        flags = [0.0] * self.num + [float(slot.used) for slot in gradients.slots]
+        flags[dist.get_rank(self.group)] = float(bool(tally.terms))
+        flags_there = torch.tensor(flags, dtype=torch.float64, device=self.device)
+        numbers = self.summed(torch.cat([tally.pack(torch.float64, self.device), flags_there]))
+        for slot, uses in zip(gradients.slots, numbers[begin:], strict=True):
             slot.used = uses > 0
         tally.absorb(numbers[:NUM_SUMS])
+        return next((rank for rank, has in enumerate(numbers[NUM_SUMS:begin]) if has), 0)
 
     def spare(self, micro_batch: Any) -> Any:
-        """In the first window, a micro-batch of one sample from the first rank that has one; later, what is given."""
+        """In the first window, two samples (BatchNorm refuses one) from the first rank with some; later, the given."""
         if self._has_lent:
             return micro_batch
         self._has_lent = True
-        sample = None if micro_batch is None else tree.to_device(tree.select(micro_batch, slice(0, 1)), CPU)
+        sample = None if micro_batch is None else tree.to_device(tree.select(micro_batch, slice(0, 2)), CPU)
         samples: list[Any] = [None] * self.num
         dist.all_gather_object(samples, sample, group=self.group)
         return next((each for each in samples if each is not None), None)

@@ -9,6 +9,9 @@ failed) is in the header of the first buffer, which goes last: small models need
 While a bucket is under way its parameters' `.grad` is None. A gradient that comes late (a weight that two re-entrant
 checkpoints share, a second backward in one loss function) thus lands in a tensor of its own. All ranks hear of it
 through the header and add up the latecomers in a second round.
+
+A rank whose set of trained parameters has changed says so, once, in what would be a window of the old set. Where all
+ranks say it, they compare their sets and go on; where not all do, all hear of it.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, GradientError, PeerError
+from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
-from macrobatch.sync.peers import Peers
+from macrobatch.sync.peers import Peers, ranks_in, unlike
 
 __all__ = ["ReplicatedSync"]
 
-_FAILED, _LATE, _SUMS = 0, 1, 2  # where the numbers of the header begin
+_FAILED, _LATE, _CHANGED, _SUMS = 0, 1, 2, 3  # where the numbers of the header begin
 
 
 class ReplicatedSync(Sync):
@@ -78,9 +82,15 @@ class ReplicatedSync(Sync):
         self._model: nn.Module | None = None
         self._buckets: list[_Bucket] = []
         self._layout: list[Slot] = []
+        self._header: Tensor | None = None
+        self._is_told = False
         self._unpredictable: set[int] = set()
         self._flying: list[tuple[_Bucket, dist.Work, Tensor | None]] = []
         self._peers: Peers | None = None
+
+    def ranks(self, model: nn.Module) -> Ranks:
+        """This process in the group."""
+        return ranks_in(self._group)
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Broadcast parameters and buffers from the group's first rank.
@@ -117,17 +127,27 @@ class ReplicatedSync(Sync):
         peers.broadcast(tensors, spares_equal=True)
 
     def header(self, num_parameters: int) -> int:
-        """Room for: a rank failed; a gradient came late; the tally's sums; which parameters were used."""
+        """Room for: a rank failed; a gradient came late; the parameters changed; the tally's sums; which were used."""
         return _SUMS + NUM_SUMS + num_parameters
 
     def plan(self, plan: Plan) -> Plan:
         """One collective in the first window; later, only if weights are counted ahead."""
         assert self._peers is not None
+        self._is_told = False
         return self._peers.plan(plan)
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
-        """In the last one, send buckets as they become ready."""
-        self._cut(gradients)
+        """In the last one, send buckets as they become ready.
+
+        Raises:
+            ArgumentError: the trained parameters have changed since the last window, and not alike on all ranks.
+        """
+        self._is_told = False
+        try:
+            self._cut(gradients)
+        except ArgumentError:
+            self._is_told = True
+            raise
         if is_last and self._overlap and len(self._buckets) > 1:  # the one with the header goes last in any case
             return self._sending(gradients)
         return super().micro_batch(gradients, is_last=is_last)
@@ -136,6 +156,8 @@ class ReplicatedSync(Sync):
         """Send what is left, the header last, and read what it says."""
         assert self._peers is not None
         assert self._model is not None
+        if self._is_told:
+            return
         late = self._latecomers()
         refused: GradientError | None = None
         try:
@@ -143,19 +165,21 @@ class ReplicatedSync(Sync):
                 gradients.collect()
         except GradientError as error:  # the others must hear of it before it is raised
             tally, refused = None, error
-        self._cut(gradients)
+        try:
+            self._cut(gradients)
+        except ArgumentError:
+            if tally is None and refused is None:
+                return
+            raise
         self._fill_header(gradients, tally, late)
-        for bucket in self._buckets[len(self._flying) :]:
-            self._send(bucket)
-        for bucket, work, wire in self._flying:
-            work.wait()
-            if wire is not None:
-                numbers = bucket.numbers
-                (torch.view_as_real(numbers) if numbers.is_complex() else numbers).copy_(wire)
-        self._flying.clear()
+        self._exchange()
         header = gradients.flats[0].header[: self.header(len(gradients.slots))].tolist()
         if refused is not None:
             raise refused
+        if header[_CHANGED]:
+            if tally is None:
+                return
+            raise unlike(f"others than before on {header[_CHANGED]:.0f} ranks, and the same on this one")
         if header[_FAILED]:
             if tally is None:
                 return
@@ -175,6 +199,17 @@ class ReplicatedSync(Sync):
             self._cross_check = False
             self._peers.check_replicas(gradients)
         self._peers.broadcast(self._model.buffers())
+
+    def _exchange(self) -> None:
+        """Send what has not left yet, and wait for all of it."""
+        for bucket in self._buckets[len(self._flying) :]:
+            self._send(bucket)
+        for bucket, work, wire in self._flying:
+            work.wait()
+            if wire is not None:
+                numbers = bucket.numbers
+                (torch.view_as_real(numbers) if numbers.is_complex() else numbers).copy_(wire)
+        self._flying.clear()
 
     @contextmanager
     def _sending(self, gradients: GradientBuffer) -> Generator[None]:
@@ -228,7 +263,10 @@ class ReplicatedSync(Sync):
         """Cut the buffers into buckets, from the end to the front, the one with the header last."""
         if self._layout is gradients.slots:
             return
+        if self._layout and _places(self._layout) != _places(gradients.slots):
+            self._agree_on(gradients)
         self._layout = gradients.slots
+        self._header = gradients.flats[0].header
         self._buckets = []
         for flat in reversed(gradients.flats):
             end = flat.numbers.numel()
@@ -241,13 +279,39 @@ class ReplicatedSync(Sync):
             room = flat.storage.numel() - flat.numbers.numel()
             self._buckets.append(_Bucket(flat.storage[: room + end], slots, has_header=room > 0))
 
+    def _agree_on(self, gradients: GradientBuffer) -> None:
+        """The trained parameters have changed here: find out whether they have alike on all ranks; broadcast new ones.
+
+        Raises:
+            ArgumentError: on every rank, if not.
+        """
+        assert self._peers is not None
+        assert self._model is not None
+        assert self._header is not None
+        for bucket in self._buckets:
+            bucket.numbers.zero_()
+        self._header[_CHANGED] = 1.0
+        self._exchange()
+        num_changed = round(float(self._header[_CHANGED]))
+        if num_changed < self._peers.num:
+            raise unlike(f"others than before on {num_changed} of {self._peers.num} ranks, this one among them")
+        self._peers.check_layout(gradients, self._model)
+        known = {id(slot.param) for slot in self._layout}
+        self._peers.broadcast([s.param for s in gradients.slots if id(s.param) not in known], spares_equal=True)
+
     def _fill_header(self, gradients: GradientBuffer, tally: Tally | None, late: list[tuple[Slot, Tensor]]) -> None:
         header = gradients.flats[0].header
         used = [float(slot.used and tally is not None) for slot in gradients.slots]
-        flags = torch.tensor([float(tally is None), float(bool(late)), *[0.0] * NUM_SUMS, *used], dtype=header.dtype)
+        flags = torch.tensor(
+            [float(tally is None), float(bool(late)), 0.0, *[0.0] * NUM_SUMS, *used], dtype=header.dtype
+        )
         header[: len(flags)] = flags.to(header.device)
         if tally is not None:
             header[_SUMS : _SUMS + NUM_SUMS] = tally.pack(header.dtype, header.device)
+
+
+def _places(slots: list[Slot]) -> list[tuple[int, int, torch.dtype]]:
+    return [(id(slot.param), slot.start, slot.view.dtype) for slot in slots]
 
 
 class _Bucket(NamedTuple):

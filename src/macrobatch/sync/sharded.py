@@ -13,6 +13,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,9 @@ from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
+from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
-from macrobatch.sync.peers import Peers
+from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers
 
 __all__ = ["Policy", "ShardedSync"]
 
@@ -67,7 +69,8 @@ class ShardedSync(Sync):
 
     Works with a model that the user has sharded, on plain and hybrid (HSDP) meshes. FSDP2's collectives are in forward
     and backward, so all ranks run the same number of micro-batches: a rank with fewer runs its last one again, with
-    weight zero. An error on one rank cannot be told to the others; they end when the process group times out.
+    weight zero. An error in front of a window (a batch that cannot be split) reaches the others as a `PeerError`; after
+    one in a forward or backward, they end when the process group times out.
 
     Args:
         policy: what to hold between micro-batches; None chooses the fastest that fits, from the memory that the second
@@ -89,10 +92,15 @@ class ShardedSync(Sync):
         self._num_lean = None if policy is not None else 0
         self._limit = memory_limit_bytes
         self._group = group
+        self._num_own = math.inf  # micro-batches of this rank that are to come in a window that lends it others
         self._modules: list[FSDPModule] = []
         self._is_16_bit = False
         self._model: nn.Module | None = None
         self._peers: Peers | None = None
+
+    def ranks(self, model: nn.Module) -> Ranks:
+        """This process in the group."""
+        return ranks_in(self._group)
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Turn FSDP2's averaging off: sums are divided once, by the window's weight.
@@ -135,26 +143,33 @@ class ShardedSync(Sync):
     def plan(self, plan: Plan) -> Plan:
         """As many micro-batches on every rank as the longest share has."""
         assert self._peers is not None
-        (longest,) = self._peers.summed([float(plan.num_micro_batches or 0)], dist.ReduceOp.MAX)
-        return self._peers.plan(plan)._replace(num_to_run=round(longest), spare=self._peers.spare(plan.spare))
+        longest = self._peers.longest(plan.num_micro_batches)
+        if plan.num_micro_batches is None:
+            return plan
+        self._num_own = plan.num_micro_batches if longest > plan.num_micro_batches else math.inf
+        return self._peers.plan(plan)._replace(num_to_run=longest, spare=self._peers.spare(plan.spare))
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
         """Set what FSDP2 does in the forward and backward that follow."""
+        assert self._model is not None
         for module in self._modules:
             module.set_requires_gradient_sync(is_last or not self.policy.reduce_last, recurse=False)
             module.set_reshard_after_backward(is_last or not self.policy.keep_parameters, recurse=False)
             module.set_is_last_backward(is_last)
-        return super().micro_batch(gradients, is_last=is_last)
+        self._num_own -= 1
+        context = super().micro_batch(gradients, is_last=is_last)
+        return context if self._num_own >= 0 else sparing_buffers(self._model, context)
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Add up weights, losses and which parameters were used: one small all-reduce."""
+        self._num_own = math.inf
         if tally is None:
             return
         assert self._peers is not None
         super().close(gradients, tally)
-        self._peers.add_up(gradients, tally)
+        source = self._peers.add_up(gradients, tally)
         assert self._model is not None
-        self._peers.broadcast(self._model.buffers())
+        self._peers.broadcast(self._model.buffers(), source=source)
         if self._num_lean is not None:
             self._num_lean += 1
             if self._num_lean == 2:

@@ -1,34 +1,41 @@
-"""The user's own `DistributedDataParallel`: its collectives and communication hooks, its averaging undone."""
+"""The user's own `DistributedDataParallel` or `FullyShardedDataParallel`: its collectives, its averaging undone."""
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
+from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
-from macrobatch.sync.peers import Peers
+from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers
 
 __all__ = ["WrappedSync"]
 
 
+_HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)  # pyright: ignore[reportPrivateUsage]
+
+
 class WrappedSync(Sync):
-    """DDP with its `no_sync` around forward and backward of all micro-batches but the last.
+    """The wrapper's `no_sync` around forward and backward of all micro-batches but the last.
 
     DDP decides in the forward whether it will reduce, so both have to be inside. What it asks of a model still holds:
-    every parameter used in the last micro-batch, or `find_unused_parameters=True`. DDP does not let 16-bit parameters
-    accumulate in float32; `ReplicatedSync`, on the module itself, does. A rank without samples runs another's, with
-    weight zero.
+    every parameter used in the last micro-batch, or `find_unused_parameters=True`. FSDP1 gathers parameters in each
+    forward, so all its ranks run the same number of micro-batches. Neither lets 16-bit parameters accumulate in
+    float32; `ReplicatedSync`, on the module itself, does. A rank with too few micro-batches runs its last one, or
+    another's, with weight zero. An error on one rank cannot be told to the others; they end with the group's timeout.
 
     Args:
-        cross_check: after the first window, compare a checksum of gradients and parameters over ranks.
+        cross_check: after the first window, compare a checksum of replicas' gradients and parameters over ranks.
     """
 
     has_peers = True
@@ -36,52 +43,112 @@ class WrappedSync(Sync):
 
     def __init__(self, *, cross_check: bool = True) -> None:
         self._cross_check = cross_check
-        self._model: DistributedDataParallel | None = None
+        self._model: DistributedDataParallel | FullyShardedDataParallel | None = None
         self._peers: Peers | None = None
+        self._num_own = math.inf  # micro-batches of this rank that are to come in a window that lends it others
+        self._runs_alike = False
         self._syncs_always = False
 
+    def ranks(self, model: nn.Module) -> Ranks:
+        """This process in the group."""
+        return ranks_in(_group_of(model))
+
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
-        """DDP has made the replicas equal when it was built.
+        """The wrapper has made the ranks equal when it was built.
 
         Raises:
-            ArgumentError: the model is not wrapped.
+            ArgumentError: the model is not wrapped, or trains parameters that its wrapper leaves out.
         """
-        if not isinstance(model, DistributedDataParallel):
+        group: dist.ProcessGroup | None
+        if isinstance(model, DistributedDataParallel):
+            group = model.process_group
+            # In its first iteration a static graph is recorded by the hooks that no_sync leaves out (pytorch 143580).
+            self._syncs_always = self._runs_alike = model.static_graph
+        elif isinstance(model, FullyShardedDataParallel):
+            shards = _shards_by_parameter(model)
+            if not all(id(param) in shards for param in model.parameters() if param.requires_grad):
+                raise ArgumentError(
+                    "model",
+                    given="trained parameters that FullyShardedDataParallel was told to ignore",
+                    expected="all of them in its hands; it would leave these to every rank for itself",
+                    fix="freeze them, or wrap the whole model",
+                )
+            if any(each.sharding_strategy in _HYBRID for each in FullyShardedDataParallel.fsdp_modules(model)):
+                raise ArgumentError(
+                    "model",
+                    given="FSDP1 with a hybrid sharding strategy",
+                    expected="FULL_SHARD, SHARD_GRAD_OP or NO_SHARD",
+                    fix="use torch.distributed.fsdp.fully_shard on a two-dimensional mesh",
+                )
+            gradients.shards = lambda param: shards[id(param)]
+            group = model.process_group
+            self._runs_alike, self._cross_check = True, False  # ranks differ in what they hold
+        else:
             raise ArgumentError(
-                "model", given=type(model).__name__, expected="a DistributedDataParallel", fix='use sync="auto"'
+                "model",
+                given=type(model).__name__,
+                expected="a DistributedDataParallel or FullyShardedDataParallel",
+                fix='use sync="auto"',
             )
         gradients.start()
         self._model = model
-        self._peers = Peers(model.process_group, gradients.flats[0].storage.device)
-        # In its first iteration a static graph is recorded by the hooks that no_sync leaves out (pytorch 143580).
-        self._syncs_always = model.static_graph
+        self._peers = Peers(group, gradients.flats[0].storage.device)
 
     def plan(self, plan: Plan) -> Plan:
         """At least one micro-batch on every rank: the reduction is in its backward."""
         assert self._peers is not None
-        num_to_run = max(plan.num_micro_batches or 0, 1)
-        if self._syncs_always:
-            num_to_run = round(self._peers.summed([float(num_to_run)], dist.ReduceOp.MAX)[0])
+        num_to_run = plan.num_micro_batches or 0
+        if self._runs_alike:
+            num_to_run = self._peers.longest(plan.num_micro_batches)
+            if plan.num_micro_batches is None:
+                return plan
+        num_to_run = max(num_to_run, 1)
+        self._num_own = math.inf if num_to_run == plan.num_micro_batches else plan.num_micro_batches or 0
         return self._peers.plan(plan)._replace(num_to_run=num_to_run, spare=self._peers.spare(plan.spare))
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
         """`no_sync`, but for the last."""
         assert self._model is not None
-        if is_last or self._syncs_always:
-            return super().micro_batch(gradients, is_last=is_last)
-        return self._model.no_sync()
+        if isinstance(self._model, FullyShardedDataParallel):  # keeps gradients of its own, whole ones in no_sync
+            for slot in gradients.slots:
+                if slot.param.grad is slot.view:
+                    slot.param.grad = None
+        self._num_own -= 1
+        syncs = is_last or self._syncs_always
+        context = super().micro_batch(gradients, is_last=is_last) if syncs else self._model.no_sync()
+        return context if self._num_own >= 0 else sparing_buffers(self._model, context)
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
-        """Make sums of DDP's means, and add up weights, losses and which parameters were used."""
+        """Make sums of the wrapper's means, and add up weights, losses and which parameters were used."""
+        self._num_own = math.inf
         if tally is None:
             return
         assert self._peers is not None
-        self._syncs_always = False
+        assert self._model is not None
+        if self._syncs_always:
+            self._syncs_always = self._runs_alike = False
         gradients.collect(adopts=True)
         gradients.scale_(float(self._peers.num))
-        self._peers.add_up(gradients, tally)
-        assert self._model is not None
-        self._peers.broadcast(self._model.buffers())
+        source = self._peers.add_up(gradients, tally)
+        self._peers.broadcast(self._model.buffers(), source=source)
         if self._cross_check:
             self._cross_check = False
             self._peers.check_replicas(gradients)
+
+
+def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    return model.process_group if isinstance(model, DistributedDataParallel | FullyShardedDataParallel) else None
+
+
+def _shards_by_parameter(model: FullyShardedDataParallel) -> dict[int, tuple[dist.ProcessGroup, ...]]:
+    """From the `id` of each parameter that FSDP1 handles, the group over which it is cut into pieces."""
+    shards: dict[int, tuple[dist.ProcessGroup, ...]] = {}
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle: Any = module._handle  # pyright: ignore[reportPrivateUsage]
+        if handle is None:
+            continue
+        flat: Any = handle.flat_param
+        params: list[Tensor] = [flat, *(flat._params or ()), *(flat._shared_params or ())]
+        groups = (handle.process_group,) if handle.uses_sharded_strategy else ()
+        shards.update((id(param), groups) for param in params)
+    return shards

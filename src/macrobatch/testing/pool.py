@@ -5,6 +5,7 @@ A job is a function at the top of a module and is found again by its file, so th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import multiprocessing
@@ -101,6 +102,7 @@ class RankPool:
                 process.kill()
                 process.join()
         self._members = []
+        atexit.unregister(self.close)
 
     def _open(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -109,10 +111,11 @@ class RankPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (rank, self.world_size, meeting, self._timeout_s, self._backend, theirs)
-            process = context.Process(target=_serve, args=args, daemon=True)
+            process = context.Process(target=_serve, args=args, daemon=False)  # so that it may have DataLoader workers
             process.start()
             theirs.close()
             self._members.append((process, ours))
+        atexit.register(self.close)  # runs before multiprocessing waits for what is left
 
 
 def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend: str, pipe: Connection) -> None:
@@ -131,7 +134,10 @@ def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend:
     )
     modules: dict[str, ModuleType] = {}
     while True:
-        task: tuple[str, str, Sequence[Any]] | None = pipe.recv()
+        try:
+            task: tuple[str, str, Sequence[Any]] | None = pipe.recv()
+        except EOFError:  # the parent is gone
+            task = None
         if task is None:
             os._exit(0)  # without waiting for peers that may be gone
         path, name, args = task

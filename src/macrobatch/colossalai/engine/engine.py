@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from macrobatch.colossalai.engine.gradient_accumulation import GradAccumOptimizer
+from macrobatch.colossalai.engine.gradient_accumulation import GradAccumOptimizer, samples_of
 from macrobatch.colossalai.engine.schedule import NonPipelineSchedule
 from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.core.precision import Precision
@@ -138,6 +138,8 @@ class Engine:
         """The model's output, in float32."""
         if self.training:
             self._optimizer.begin()
+            if self._optimizer.num_samples is None:
+                self._optimizer.num_samples = samples_of(args)
         with self._precision.forward():
             output = self._model(*args, **kwargs)
         return map_tensors(_in_float32, output) if self._precision.rescales else output

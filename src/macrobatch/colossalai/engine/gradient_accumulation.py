@@ -58,8 +58,8 @@ class GradAccumOptimizer(Optimizer):
             precision=Precision() if precision is None else precision,
             sync=sync,
         )
-        self.num_samples = 1
-        """Of the batch at hand: what its loss is a mean over."""
+        self.num_samples: int | None = None
+        """Of the batch at hand: what its loss is a mean over; None if nobody has told."""
         self.is_end_of_data = False
         """Whether the batch at hand is the last one."""
         self.has_updated = False
@@ -84,6 +84,7 @@ class GradAccumOptimizer(Optimizer):
     @property
     def accumulate_step(self) -> int:
         """Micro-iterations in the window so far."""
+        self.accumulation.settle()
         return self.window.num_pending
 
     @property
@@ -113,7 +114,7 @@ class GradAccumOptimizer(Optimizer):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a mean over the batch's samples. Several of one micro-iteration add up as losses do."""
         self.begin()
-        self.accumulation.backward(loss, num_samples=self.num_samples)
+        self.accumulation.backward(loss, num_samples=self.num_samples or 1)
 
     def backward_by_grad(self, tensor: Tensor, grad: Tensor) -> None:
         """Add the gradient of the loss whose gradient with respect to `tensor` is `grad`."""
@@ -145,7 +146,7 @@ class GradAccumOptimizer(Optimizer):
             raise
         accumulation.leave()
         self.num_iterations += 1
-        self.is_end_of_data = False
+        self.num_samples, self.is_end_of_data = None, False
         return result
 
     def discard(self) -> None:
@@ -155,12 +156,7 @@ class GradAccumOptimizer(Optimizer):
         self.accumulation.settle()
         if self.window.num_pending:
             self.accumulation.discard()
-        self.is_end_of_data = False
-
-    def finish_tail(self, tail: Tail) -> None:
-        """The data has ended, in a window that is not full."""
-        if tail == "drop" and self.accumulation.is_pending:
-            self.discard()
+        self.num_samples, self.is_end_of_data = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's."""

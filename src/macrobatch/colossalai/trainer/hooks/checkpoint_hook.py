@@ -1,0 +1,57 @@
+"""Saving while training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
+from macrobatch.colossalai.utils.checkpointing import save_checkpoint
+from macrobatch.errors import ArgumentError
+
+__all__ = ["SaveCheckpointHook"]
+
+
+class SaveCheckpointHook(BaseHook):
+    """Model, optimizer and the window under way, after every few epochs or micro-iterations.
+
+    Args:
+        interval: how many.
+        checkpoint_dir: a file, which is replaced each time, or a folder for `checkpoint.pt`.
+        model: whose weights; by default the engine's.
+        save_by_iter: count micro-iterations, instead of epochs.
+    """
+
+    def __init__(
+        self,
+        interval: int = 1,
+        checkpoint_dir: str | Path | None = None,
+        model: Any = None,
+        save_by_iter: bool = False,
+        priority: int = 10,
+    ) -> None:
+        super().__init__(priority)
+        if type(interval) is not int or interval < 1:
+            raise ArgumentError("interval", given=interval, expected="an integer >= 1", fix="pass 1")
+        if checkpoint_dir is None:
+            raise ArgumentError("checkpoint_dir", given=None, expected="a file or a folder", fix="pass one")
+        self.interval = interval
+        self.checkpoint_dir = Path(checkpoint_dir)
+        self.save_by_iter = save_by_iter
+        self._model = model
+
+    def after_hook_is_attached(self, trainer: Any) -> None:
+        module = trainer.engine.model if self._model is None else self._model
+        self._model = getattr(module, "module", module)
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        if self.save_by_iter and (trainer.cur_step + 1) % self.interval == 0:
+            self._save(trainer)
+
+    def after_train_epoch(self, trainer: Any) -> None:
+        if not self.save_by_iter and trainer.cur_epoch % self.interval == 0:
+            self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        path = self.checkpoint_dir / "checkpoint.pt" if not self.checkpoint_dir.suffix else self.checkpoint_dir
+        save_checkpoint(path, trainer.cur_epoch, self._model, trainer.engine.optimizer, None, trainer.engine)

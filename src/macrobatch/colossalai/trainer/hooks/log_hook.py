@@ -1,0 +1,188 @@
+"""Showing what was measured: on the progress bar, in the log, in TensorBoard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from macrobatch.colossalai.context import ParallelMode
+from macrobatch.colossalai.core import global_context as gpc
+from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
+from macrobatch.colossalai.utils.device import report_memory_usage
+
+__all__ = [
+    "LogMemoryByEpochHook",
+    "LogMetricByEpochHook",
+    "LogMetricByStepHook",
+    "LogTimingByEpochHook",
+    "TensorboardHook",
+]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _metrics(trainer: Any, mode: str) -> dict[str, Any]:
+    return trainer.states.get("metrics", {}).get(mode, {})
+
+
+class LogMetricByStepHook(BaseHook):
+    """The metrics of the last iteration, on the progress bar."""
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        trainer.states["step_metrics"] = {
+            name.lower(): _shown(metric.get_last_step_value())
+            for name, metric in _metrics(trainer, "train").items()
+            if not metric.epoch_only
+        }
+
+    def after_test_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        trainer.states["step_metrics"] = {
+            name.lower(): _shown(metric.get_last_step_value()) for name, metric in _metrics(trainer, "test").items()
+        }
+
+
+class _EveryFewEpochs(BaseHook):
+    def __init__(self, logger: Any, interval: int = 1, priority: int = 10) -> None:
+        super().__init__(priority)
+        self.logger = logger
+        self.interval = interval
+
+    def _is_due(self, trainer: Any) -> bool:
+        return trainer.cur_epoch % self.interval == 0
+
+
+class LogMetricByEpochHook(_EveryFewEpochs):
+    """`[Epoch 1 / Train]: Loss = 0.3 | LR = 0.1`, over all ranks, on the first.
+
+    Args:
+        interval: epochs from one line to the next.
+    """
+
+    def after_train_epoch(self, trainer: Any) -> None:
+        self._log(trainer, "train")
+
+    def after_test_epoch(self, trainer: Any) -> None:
+        self._log(trainer, "test")
+
+    def _log(self, trainer: Any, mode: str) -> None:
+        if self._is_due(trainer):
+            values = {name: _shown(m.get_accumulated_value()) for name, m in _metrics(trainer, mode).items()}
+            text = " | ".join(f"{name} = {value}" for name, value in values.items())
+            self.logger.info(f"[Epoch {trainer.cur_epoch} / {mode.capitalize()}]: {text}", ranks=[0])
+
+
+class LogMemoryByEpochHook(_EveryFewEpochs):
+    """Memory in use, in the log.
+
+    Args:
+        log_eval: after testing, too.
+        report_cpu: the host's as well.
+    """
+
+    def __init__(
+        self, logger: Any, interval: int = 1, priority: int = 10, log_eval: bool = True, report_cpu: bool = False
+    ) -> None:
+        super().__init__(logger, interval, priority)
+        self._log_eval = log_eval
+        self._report_cpu = report_cpu
+
+    def before_train(self, trainer: Any) -> None:
+        report_memory_usage("Before-train", self.logger, report_cpu=self._report_cpu)
+
+    def after_train_epoch(self, trainer: Any) -> None:
+        if self._is_due(trainer):
+            report_memory_usage(f"[Epoch {trainer.cur_epoch} / Train]", self.logger, report_cpu=self._report_cpu)
+
+    def after_test(self, trainer: Any) -> None:
+        if self._log_eval and self._is_due(trainer):
+            report_memory_usage(f"[Epoch {trainer.cur_epoch} / Test]", self.logger, report_cpu=self._report_cpu)
+
+
+class LogTimingByEpochHook(_EveryFewEpochs):
+    """What the trainer's timer has measured, in the log.
+
+    Args:
+        timer: a `MultiTimer`, the trainer's own.
+        ignore_num_train_steps: micro-iterations at the beginning that do not count in means.
+    """
+
+    def __init__(
+        self,
+        timer: Any,
+        logger: Any,
+        interval: int = 1,
+        priority: int = 10,
+        log_eval: bool = True,
+        ignore_num_train_steps: int = 0,
+    ) -> None:
+        super().__init__(logger, interval, priority)
+        self._timer = timer
+        self._log_eval = log_eval
+        self._num_ignored = ignore_num_train_steps
+
+    def after_train_epoch(self, trainer: Any) -> None:
+        if self._is_due(trainer):
+            self._log(trainer, "Train")
+
+    def after_test_epoch(self, trainer: Any) -> None:
+        if self._log_eval and self._is_due(trainer):
+            self._log(trainer, "Test")
+
+    def _log(self, trainer: Any, mode: str) -> None:
+        texts: list[str] = []
+        for name, timer in self._timer:
+            if name.startswith(mode):
+                text = f"{name}: last = {timer.get_elapsed_time():.4g} s"
+                if timer.has_history:
+                    text += f", mean = {timer.get_history_mean():.4g} s"
+                texts.append(text)
+        self.logger.info(f"[Epoch {trainer.cur_epoch} / {mode}]: {' | '.join(texts)}", ranks=[0])
+
+
+class TensorboardHook(BaseHook):
+    """Metrics in TensorBoard, a folder for each rank that writes.
+
+    Args:
+        log_dir: where.
+        ranks: which write; by default the first.
+    """
+
+    def __init__(
+        self,
+        log_dir: str,
+        ranks: Sequence[int] | None = None,
+        parallel_mode: ParallelMode = ParallelMode.GLOBAL,
+        priority: int = 10,
+    ) -> None:
+        super().__init__(priority)
+        self._writer: Any = None
+        self._writes = gpc.get_local_rank(parallel_mode) in ([0] if ranks is None else ranks)
+        if self._writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(os.path.join(log_dir, f"rank_{gpc.get_global_rank()}"))
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        self._write(trainer, "train", trainer.cur_step, is_epoch=False)
+
+    def after_train_epoch(self, trainer: Any) -> None:
+        self._write(trainer, "train", trainer.cur_epoch, is_epoch=True)
+
+    def after_test_epoch(self, trainer: Any) -> None:
+        self._write(trainer, "test", trainer.cur_epoch, is_epoch=True)
+
+    def after_train(self, trainer: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, trainer: Any, mode: str, step: int, *, is_epoch: bool) -> None:
+        for name, metric in _metrics(trainer, mode).items():
+            if metric.epoch_only and not is_epoch:
+                continue
+            # Asked on every rank, since a metric is a sum over all of them.
+            value = metric.get_accumulated_value() if is_epoch else metric.get_last_step_value()
+            if self._writer is not None and not isinstance(value, str):
+                self._writer.add_scalar(f"{name}/{mode}" + ("_epoch" if is_epoch else ""), value, step)

@@ -1,0 +1,222 @@
+"""Metrics: of the loss, of what was right, of speed. Each is in `trainer.states["metrics"]["train" | "test"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from macrobatch.colossalai.core import global_context as gpc
+from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
+from macrobatch.errors import ArgumentError
+
+__all__ = ["AccuracyHook", "AccuracyMetric", "LossHook", "LossMetric", "Metric", "MetricHook", "ThroughputHook"]
+
+
+class Metric:
+    """Sums on the device, over the samples of an epoch; read when asked, over all ranks.
+
+    Args:
+        epoch_only: it has no value for a single iteration.
+    """
+
+    def __init__(self, epoch_only: bool = False) -> None:
+        self.epoch_only = epoch_only
+        self.reset()
+
+    def reset(self) -> None:
+        """An epoch begins."""
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
+        self.latest: tuple[Tensor, Tensor] | None = None
+
+    def add(self, total: Tensor, count: int) -> None:
+        """A batch's sum, and over how many samples it is."""
+        added = total.detach().double(), torch.tensor(float(count), dtype=torch.float64, device=total.device)
+        self.latest = added
+        self.total = added[0] if self.total is None else self.total + added[0]
+        self.count = added[1] if self.count is None else self.count + added[1]
+
+    def get_last_step_value(self) -> float:
+        """The mean over the last batch, over all ranks."""
+        return 0.0 if self.latest is None else _mean(*self.latest)
+
+    def get_accumulated_value(self) -> float:
+        """The mean over the epoch so far, over all ranks."""
+        return 0.0 if self.total is None or self.count is None else _mean(self.total, self.count)
+
+
+LossMetric = Metric
+AccuracyMetric = Metric
+
+
+class MetricHook(BaseHook):
+    """Base of hooks that measure."""
+
+    def __init__(self, priority: int = 0) -> None:
+        super().__init__(priority)
+        self.priority = priority
+
+    def _make(self, trainer: Any, name: str) -> tuple[Metric, Metric]:
+        self.init_runner_states(trainer, "metrics", {"train": {}, "test": {}})
+        made = Metric(), Metric(epoch_only=True)
+        trainer.states["metrics"]["train"][name], trainer.states["metrics"]["test"][name] = made
+        return made
+
+
+class LossHook(MetricHook):
+    """The mean loss over samples."""
+
+    def after_hook_is_attached(self, trainer: Any) -> None:
+        self._train, self._test = self._make(trainer, "Loss")
+
+    def before_train_epoch(self, trainer: Any) -> None:
+        self._train.reset()
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        _add_mean(self._train, trainer, loss)
+
+    def before_test_epoch(self, trainer: Any) -> None:
+        self._test.reset()
+
+    def after_test_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        _add_mean(self._test, trainer, loss)
+
+
+class AccuracyHook(MetricHook):
+    """The share of samples that are right.
+
+    Args:
+        accuracy_func: `(output, label) -> ` number of samples that are right, for instance
+            `macrobatch.colossalai.nn.metric.Accuracy()`.
+    """
+
+    def __init__(self, accuracy_func: Callable[[Any, Any], Tensor], priority: int = 0) -> None:
+        super().__init__(priority)
+        self.accuracy_func = accuracy_func
+
+    def after_hook_is_attached(self, trainer: Any) -> None:
+        self._train, self._test = self._make(trainer, "Accuracy")
+
+    def before_train_epoch(self, trainer: Any) -> None:
+        self._train.reset()
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        self._add(self._train, trainer, output, label)
+
+    def before_test_epoch(self, trainer: Any) -> None:
+        self._test.reset()
+
+    def after_test_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        self._add(self._test, trainer, output, label)
+
+    def _add(self, metric: Metric, trainer: Any, output: Any, label: Any) -> None:
+        if output is None:
+            raise ArgumentError(
+                "AccuracyHook",
+                given="return_output_label=False",
+                expected="outputs and labels to compare",
+                fix="leave return_output_label at True",
+            )
+        metric.add(self.accuracy_func(output, label), trainer.engine.schedule.batch_size)
+
+
+class ThroughputHook(MetricHook):
+    """Samples per second of all ranks, by the trainer's timer.
+
+    Args:
+        ignored_steps: micro-iterations at the beginning of an epoch that do not count.
+        tflop_per_step: work of one micro-iteration of this rank in 10¹² operations, to report TFLOP/s as well.
+        use_local: report this rank's own.
+    """
+
+    def __init__(
+        self, ignored_steps: int = 0, priority: int = 10, tflop_per_step: float = 0, use_local: bool = False
+    ) -> None:
+        super().__init__(priority)
+        self.ignored_steps = ignored_steps
+        self.tflop_per_step = tflop_per_step
+        self.use_local = use_local
+
+    def after_hook_is_attached(self, trainer: Any) -> None:
+        if trainer.timer is None or not trainer.timer.is_on():
+            raise ArgumentError(
+                "ThroughputHook",
+                given="a trainer without a timer",
+                expected="one with a timer that is on",
+                fix="build Trainer(engine, timer=MultiTimer())",
+            )
+        self.init_runner_states(trainer, "metrics", {"train": {}, "test": {}})
+        self._by_mode = {"train": Throughput(self), "test": Throughput(self)}
+        for mode, throughput in self._by_mode.items():
+            trainer.states["metrics"][mode]["Throughput"] = throughput
+
+    def before_train_epoch(self, trainer: Any) -> None:
+        self._by_mode["train"].reset()
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        seconds = trainer.timer.get_timer("Train-step").get_elapsed_time()
+        self._by_mode["train"].add(trainer.engine.schedule.batch_size, seconds)
+
+    def before_test_epoch(self, trainer: Any) -> None:
+        self._by_mode["test"].reset()
+
+    def after_test_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        seconds = trainer.timer.get_timer("Test-step").get_elapsed_time()
+        self._by_mode["test"].add(trainer.engine.schedule.batch_size, seconds)
+
+
+class Throughput:
+    """Samples and seconds of an epoch."""
+
+    epoch_only = False
+
+    def __init__(self, hook: ThroughputHook) -> None:
+        self._hook = hook
+        self.reset()
+
+    def reset(self) -> None:
+        """An epoch begins."""
+        self.num_steps = self.num_samples = 0
+        self.seconds = 0.0
+        self.latest = (0, 0.0)
+
+    def add(self, num_samples: int, seconds: float) -> None:
+        """A batch."""
+        self.num_steps += 1
+        self.latest = num_samples, seconds
+        if self.num_steps > self._hook.ignored_steps:
+            self.num_samples += num_samples
+            self.seconds += seconds
+
+    def get_last_step_value(self) -> str:
+        """Of the last batch."""
+        return self._text(*self.latest, 1)
+
+    def get_accumulated_value(self) -> str:
+        """Of the epoch so far."""
+        return self._text(self.num_samples, self.seconds, max(self.num_steps - self._hook.ignored_steps, 0))
+
+    def _text(self, num_samples: int, seconds: float, num_steps: int) -> str:
+        num_ranks = 1 if self._hook.use_local else gpc.data_parallel_size
+        rate = f"{num_samples * num_ranks / (seconds + 1e-12):.3f} sample/s"
+        if self._hook.tflop_per_step:
+            rate += f", {self._hook.tflop_per_step * num_steps / (seconds + 1e-12):.3f} tflops"
+        return rate
+
+
+def _add_mean(metric: Metric, trainer: Any, loss: Any) -> None:
+    if loss is not None:
+        num = trainer.engine.schedule.batch_size
+        metric.add(loss.detach() * num, num)
+
+
+def _mean(total: Tensor, count: Tensor) -> float:
+    sums = torch.stack([total, count])
+    if gpc.data_parallel_size > 1:
+        dist.all_reduce(sums)
+    numbers = sums.tolist()
+    return numbers[0] / numbers[1] if numbers[1] else 0.0

@@ -1,0 +1,224 @@
+"""The training loop, and what is called around it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
+from macrobatch.colossalai.utils.common import is_dp_rank_0
+from macrobatch.colossalai.utils.device import get_current_device
+from macrobatch.errors import ArgumentError
+from macrobatch.tree import to_device
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Runs an engine over data.
+
+    Args:
+        engine: what is trained.
+        timer: a `MultiTimer`, for hooks that report times.
+        logger: for one line at the end.
+
+    Attributes:
+        cur_epoch: epochs so far; set it to go on with a later one.
+        cur_step: micro-iterations so far. `engine.num_updates` counts updates.
+        states: what hooks keep, metrics among it.
+    """
+
+    def __init__(self, engine: Any, timer: Any = None, logger: Any = None) -> None:
+        self._engine = engine
+        self.timer = timer
+        self._logger = logger
+        self.states: dict[str, Any] = {}
+        self.hooks: list[BaseHook] = []
+        self.cur_epoch = 0
+        self.cur_step = 0
+        self.max_epochs = 0
+        self.max_steps: int | None = None
+        self.steps_per_epoch = 0
+
+    @property
+    def engine(self) -> Any:
+        """What is trained."""
+        return self._engine
+
+    def fit(
+        self,
+        train_dataloader: Iterable[Any],
+        epochs: int,
+        max_steps: int | None = None,
+        test_dataloader: Iterable[Any] | None = None,
+        test_interval: int = 1,
+        hooks: Sequence[BaseHook] | None = None,
+        display_progress: bool = False,
+        return_output_label: bool = True,
+    ) -> None:
+        """Train until `epochs` are reached, or `max_steps`.
+
+        Args:
+            train_dataloader: the one that `initialize` returned.
+            epochs: of all calls together: training begins with `cur_epoch`.
+            max_steps: micro-iterations of this call, at most. The last of them ends its window.
+            test_dataloader: evaluated after every `test_interval` epochs.
+            hooks: called from low to high priority.
+            return_output_label: False saves their memory; hooks then get None.
+
+        Raises:
+            ArgumentError: an argument is out of its domain.
+        """
+        for name, value, lowest in (("epochs", epochs, 0), ("test_interval", test_interval, 1)):
+            if type(value) is not int or value < lowest:
+                raise ArgumentError(name, given=value, expected=f"an integer >= {lowest}", fix="pass 1")
+        if max_steps is not None and (type(max_steps) is not int or max_steps < 1):
+            raise ArgumentError("max_steps", given=max_steps, expected="an integer >= 1, or None", fix="leave it out")
+        self.max_epochs, self.max_steps = epochs, max_steps
+        self._attach(hooks)
+        self.steps_per_epoch = len(train_dataloader) if hasattr(train_dataloader, "__len__") else 0  # pyright: ignore[reportArgumentType]
+        self._call("before_train")
+        last_step = None if max_steps is None else self.cur_step + max_steps
+        for _ in range(self.cur_epoch, epochs):
+            self._train_epoch(train_dataloader, last_step, display_progress, return_output_label)
+            if test_dataloader is not None and self.cur_epoch % test_interval == 0:
+                self._test(test_dataloader, display_progress, return_output_label)
+            if self.cur_step == last_step:
+                if self._logger is not None:
+                    self._logger.info(f"stopped after {max_steps} steps", ranks=[0])
+                break
+        self._call("after_train")
+        if self.timer is not None:
+            self.timer.reset()
+
+    def evaluate(
+        self,
+        test_dataloader: Iterable[Any],
+        hooks: Sequence[BaseHook] | None = None,
+        display_progress: bool = False,
+        return_output_label: bool = True,
+    ) -> None:
+        """Test; what hooks have measured is in `states`."""
+        self._attach(hooks)
+        self._test(test_dataloader, display_progress, return_output_label)
+
+    def predict(self, data: Any) -> Any:
+        """The model's output for a batch, in evaluation mode."""
+        was_training = self._engine.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                batch: Any = to_device(data, get_current_device())
+                return self._engine(*batch) if isinstance(batch, list | tuple) else self._engine(batch)
+        finally:
+            if was_training:
+                self._engine.train()
+
+    def _train_epoch(
+        self, loader: Iterable[Any], last_step: int | None, display_progress: bool, return_output_label: bool
+    ) -> None:
+        engine = self._engine
+        engine.train()
+        data_iter = iter(loader)
+        self._call("before_train_epoch")
+        name = f"[Epoch {self.cur_epoch} / Train]"
+        with self._timed("Train-epoch"), _bar(name, self.steps_per_epoch, display_progress) as bar:
+            while self.cur_step != last_step:
+                self._call("before_train_iter")
+                with self._timed("Train-step", keep=True):
+                    try:
+                        outcome = self._train_iter(data_iter, self.cur_step + 1 == last_step, return_output_label)
+                    except StopIteration:
+                        break
+                self._call("after_train_iter", *outcome)
+                self.cur_step += 1
+                bar.set_postfix(self.states.get("step_metrics", {}))
+                bar.update()
+        if hasattr(data_iter, "close"):
+            data_iter.close()  # pyright: ignore[reportAttributeAccessIssue]
+        self.cur_epoch += 1
+        self._call("after_train_epoch")
+
+    def _train_iter(self, data_iter: Any, is_end: bool, return_output_label: bool) -> tuple[Any, Any, Tensor | None]:
+        engine = self._engine
+        data_iter = _Ahead(data_iter, engine, is_end)
+        outcome = engine.execute_schedule(
+            data_iter, forward_only=False, return_loss=True, return_output_label=return_output_label
+        )
+        engine.step()
+        return outcome
+
+    def _test(self, loader: Iterable[Any], display_progress: bool, return_output_label: bool) -> None:
+        engine = self._engine
+        was_training = engine.training
+        engine.eval()
+        self._call("before_test")
+        self._call("before_test_epoch")
+        data_iter = iter(loader)
+        num = len(loader) if hasattr(loader, "__len__") else 0  # pyright: ignore[reportArgumentType]
+        name = f"[Epoch {max(self.cur_epoch - 1, 0)} / Test]"
+        with self._timed("Test-epoch"), torch.no_grad(), _bar(name, num, display_progress) as bar:
+            while True:
+                self._call("before_test_iter")
+                with self._timed("Test-step", keep=True):
+                    try:
+                        outcome = engine.execute_schedule(
+                            data_iter, forward_only=True, return_loss=True, return_output_label=return_output_label
+                        )
+                    except StopIteration:
+                        break
+                self._call("after_test_iter", *outcome)
+                bar.set_postfix(self.states.get("step_metrics", {}))
+                bar.update()
+        self._call("after_test_epoch")
+        self._call("after_test")
+        if was_training:
+            engine.train()
+
+    def _attach(self, hooks: Sequence[BaseHook] | None) -> None:
+        given: object = [] if hooks is None else hooks
+        if not isinstance(given, list) or not all(isinstance(hook, BaseHook) for hook in given):
+            raise ArgumentError("hooks", given=given, expected="a list of BaseHook", fix="pass [LossHook(), ...]")
+        self.hooks = sorted(given, key=lambda hook: hook.priority)
+        for hook in self.hooks:
+            hook.after_hook_is_attached(self)
+
+    def _call(self, moment: str, *args: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, moment)(self, *args)
+
+    @contextmanager
+    def _timed(self, name: str, *, keep: bool = False) -> Generator[None]:
+        if self.timer is not None:
+            self.timer.start(name)
+        try:
+            yield
+        finally:
+            if self.timer is not None:
+                self.timer.stop(name, keep_in_history=keep)
+
+
+class _Ahead:
+    """The batches, of which the next one ends its window if that is the last step."""
+
+    def __init__(self, batches: Any, engine: Any, is_end: bool) -> None:
+        self._batches, self._engine, self._is_end = batches, engine, is_end
+
+    def __iter__(self) -> _Ahead:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if self._is_end:
+            self._engine.optimizer.is_end_of_data = True
+        self._engine.zero_grad()
+        return batch
+
+
+def _bar(name: str, total: int, display_progress: bool) -> Any:
+    return tqdm(total=total or None, desc=name, disable=not (display_progress and is_dp_rank_0()), leave=False)

@@ -1,0 +1,409 @@
+"""The engine: exact windows behind the calls of a training loop, and the bugs of the original that it is rid of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import macrobatch as mb
+import macrobatch.colossalai as colossalai
+from macrobatch.colossalai.amp import AMP_TYPE
+from macrobatch.colossalai.core import global_context as gpc
+from macrobatch.colossalai.engine import BaseGradientHandler, Engine
+from macrobatch.colossalai.engine.gradient_accumulation import (
+    GradAccumLrSchedulerByStep,
+    GradAccumOptimizer,
+    accumulate_gradient,
+)
+from macrobatch.colossalai.registry import GRADIENT_HANDLER
+from macrobatch.testing.reference import gradients_of, relative_error
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+EXACT = 1e-12  # float64: a few hundred roundings of 1e-16
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    yield
+    gpc.destroy()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def data(num: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(num, 4, dtype=torch.float64), torch.randint(0, 3, (num,))
+
+
+def loader(num: int, batch_size: int) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*data(num)), batch_size=batch_size)
+
+
+def started(config: dict[str, Any], batches: Any, **options: Any) -> tuple[Engine, Any, Any, nn.Module, list[Any]]:
+    """An engine, loader and scheduler; its model; and the gradients that its optimizer saw."""
+    if not dist.is_initialized():
+        gpc.load_config(config)
+    model = options.pop("model", None) or network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.pop("lr", 0.0))
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(gradients_of(model)))
+    schedule = options.pop("scheduler", lambda _: None)(optimizer)
+    engine, batches, _, schedule = colossalai.initialize(
+        model, optimizer, nn.CrossEntropyLoss(), batches, None, schedule, verbose=False, **options
+    )
+    return engine, batches, schedule, model, seen
+
+
+def iterate(engine: Engine, x: Tensor, y: Tensor) -> Any:
+    engine.zero_grad()
+    engine.backward(engine.criterion(engine(x), y))
+    return engine.step()
+
+
+def expected(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    return gradients_of(model)
+
+
+@pytest.mark.parametrize(("num", "batch_size"), [(16, 2), (18, 2), (15, 2), (3, 2)])
+def test_windows_are_exact_with_short_tail_and_ragged_batch(num, batch_size):
+    engine, batches, _, model, seen = started({"gradient_accumulation": 4}, loader(num, batch_size))
+    for x, y in batches:
+        iterate(engine, x, y)
+    x, y = data(num)
+    windows = list(zip(x.split(4 * batch_size), y.split(4 * batch_size), strict=True))
+    assert len(seen) == len(windows) == engine.num_updates
+    assert engine.num_iterations == len(batches)
+    for gradient, window in zip(seen, windows, strict=True):
+        assert relative_error(gradient, expected(model, *window)) <= EXACT
+
+
+def test_mean_of_means_is_not_exact():
+    # The control: ragged micro-batches weighted equally, as in the original.
+    x, y = data(8)
+    model = network()
+    parts = [expected(model, x[:6], y[:6]), expected(model, x[6:], y[6:])]
+    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
+    assert relative_error(mean, expected(model, x, y)) > 0.01
+
+
+def test_tail_is_dropped_on_request():
+    engine, batches, _, _, seen = started({"gradient_accumulation": 4}, loader(20, 2), tail="drop")
+    assert len(batches) == 8
+    for x, y in batches:
+        iterate(engine, x, y)
+    assert (len(seen), engine.num_iterations, engine.optimizer.accumulate_step) == (2, 8, 0)
+
+
+def test_weights_move_only_with_updates_and_in_place():
+    engine, batches, _, model, _ = started({"gradient_accumulation": 2}, loader(8, 2), lr=0.1)
+    before, moved = model[0].weight.clone(), []
+    for x, y in batches:
+        iterate(engine, x, y)
+        moved.append(not torch.equal(before, model[0].weight))
+        before = model[0].weight.clone()
+    assert moved == [False, True, False, True]
+    assert engine.model is model
+
+
+def test_several_backwards_per_iteration_count_once():
+    engine, batches, _, model, seen = started({"gradient_accumulation": 2}, loader(8, 2))
+    for x, y in batches:
+        engine.zero_grad()
+        output = engine(x)
+        engine.backward(F.cross_entropy(output, y) / 2)
+        engine.backward(F.cross_entropy(engine(x), y) / 2)
+        engine.step()
+    x, y = data(8)
+    assert len(seen) == 2
+    assert relative_error(seen[1], expected(model, x[4:], y[4:])) <= EXACT
+
+
+def test_backward_by_grad_is_the_backward_of_that_loss():
+    engine, batches, _, model, seen = started({"gradient_accumulation": 2}, loader(4, 2))
+    for x, y in batches:
+        engine.zero_grad()
+        output = engine(x)
+        cut = output.detach().requires_grad_()
+        F.cross_entropy(cut, y).backward()
+        engine.backward_by_grad(output, cut.grad)
+        engine.step()
+    assert relative_error(seen[0], expected(model, *data(4))) <= EXACT
+
+
+@pytest.mark.parametrize(("limit", "clips"), [(0.01, True), (0.0, False), (None, False)])
+def test_clipping_once_per_window_and_zero_is_off(limit, clips):
+    engine, batches, _, model, seen = started({"gradient_accumulation": 4, "clip_grad_norm": limit}, loader(8, 2))
+    for x, y in batches:
+        iterate(engine, x, y)
+    gradient = expected(model, *data(8))
+    norm = torch.stack([g.norm() for g in gradient.values()]).norm()
+    if clips:
+        assert float(engine.grad_norm) == pytest.approx(float(norm))
+        gradient = {name: g * (limit / (norm + 1e-6)) for name, g in gradient.items()}
+    assert relative_error(seen[0], gradient) <= EXACT
+
+
+def test_break_leaves_no_stale_window():
+    engine, batches, _, model, seen = started({"gradient_accumulation": 4}, loader(16, 2))
+    for index, (x, y) in enumerate(batches):
+        iterate(engine, x, y)
+        if index == 5:
+            break
+    seen.clear()
+    for x, y in batches:
+        iterate(engine, x, y)
+    x, y = data(16)
+    assert len(seen) == 2
+    assert relative_error(seen[0], expected(model, x[:8], y[:8])) <= EXACT
+
+
+def test_break_between_backward_and_step_leaves_no_stale_window():
+    engine, batches, _, model, seen = started({"gradient_accumulation": 2}, loader(8, 2))
+    for x, y in batches:
+        engine.zero_grad()
+        engine.backward(engine.criterion(engine(x), y))
+        break
+    for x, y in batches:
+        iterate(engine, x, y)
+    x, y = data(8)
+    assert relative_error(seen[0], expected(model, x[:4], y[:4])) <= EXACT
+
+
+def test_own_loader_and_no_loader_count_windows():
+    engine, none, _, model, seen = started({"gradient_accumulation": 3}, None)
+    assert none is None
+    x, y = data(12)
+    for part in zip(x.split(2), y.split(2), strict=True):
+        iterate(engine, *part)
+    assert len(seen) == 2
+    assert relative_error(seen[0], expected(model, x[:6], y[:6])) <= EXACT
+
+
+def test_builders_and_classes_are_accepted():
+    gpc.load_config({})
+    engine, *_ = colossalai.initialize(network, lambda params: torch.optim.SGD(params, lr=0.1), verbose=False)
+    assert isinstance(engine.model, nn.Sequential)
+    assert (
+        iterate(Engine(engine.model, torch.optim.SGD(engine.model.parameters(), 0.1), nn.CrossEntropyLoss()), *data(2))
+        is None
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", True], ids=str)
+def test_accumulation_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="gradient_accumulation"):
+        started({"gradient_accumulation": value}, None)
+    with pytest.raises(ValueError, match="integer >= 1"):
+        GradAccumOptimizer(torch.optim.SGD(network().parameters(), lr=0.1), value)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1"], ids=str)
+def test_clipping_that_is_none_is_refused(value):
+    model = network()
+    with pytest.raises(ValueError, match="clip_grad_norm"):
+        Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), clip_grad_norm=value)
+
+
+# --- schedulers ---
+
+
+def halving(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+
+@pytest.mark.parametrize("num_batches", [1, 4, 6])
+def test_scheduler_stepped_per_epoch_reaches_the_right_rate(num_batches):
+    engine, batches, schedule, _, _ = started(
+        {"gradient_accumulation": 4}, loader(2 * num_batches, 2), scheduler=halving
+    )
+    for _ in range(3):
+        for x, y in batches:
+            iterate(engine, x, y)
+        schedule.step()
+    assert schedule.get_last_lr() == [0.0] or schedule.lr_scheduler.last_epoch == 3
+    assert schedule.last_epoch == 3
+
+
+def test_scheduler_stepped_per_iteration_moves_with_updates():
+    engine, batches, schedule, _, seen = started({"gradient_accumulation": 4}, loader(20, 2), scheduler=halving)
+    moves = []
+    for x, y in batches:
+        iterate(engine, x, y)
+        schedule.step()
+        moves.append(schedule.last_epoch)
+    assert moves == [0, 0, 0, 1, 1, 1, 1, 2, 2, 3]
+    assert len(seen) == 3
+    assert GradAccumLrSchedulerByStep.compute_effective_steps_per_epoch(batches, 4) == 3
+
+
+# --- precision, handlers, DDP ---
+
+
+def test_fp16_scales_once_and_skips_an_overflowing_window():
+    config = {"gradient_accumulation": 2, "fp16": {"mode": AMP_TYPE.TORCH, "init_scale": 2.0**10}}
+    model = nn.Linear(4, 3)
+    engine, _, _, _, seen = started(config, None, model=model, lr=0.1)
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    for part in zip(x.split(2), y.split(2), strict=True):
+        iterate(engine, *part)
+    reference = expected(model, x[:4], y[:4])
+    assert len(seen) == 2
+    assert seen[0]["weight"].shape == reference["weight"].shape
+    before = model.weight.clone()
+    for index in range(2):
+        iterate(engine, torch.full((2, 4), 1e38 if index else 1.0), y[:2])
+    assert torch.equal(before, model.weight)
+    assert len(seen) == 2
+
+
+def test_handler_is_called_once_per_window():
+    calls: list[int] = []
+
+    class Doubling(BaseGradientHandler):
+        def handle_gradient(self) -> None:
+            calls.append(1)
+            for param in self._model.parameters():
+                param.grad.mul_(2)
+
+    if not GRADIENT_HANDLER.has("Doubling"):
+        GRADIENT_HANDLER.register_module(Doubling)
+    config = {"gradient_accumulation": 4, "gradient_handler": [{"type": "Doubling"}]}
+    engine, batches, _, model, seen = started(config, loader(8, 2))
+    for x, y in batches:
+        iterate(engine, x, y)
+    assert len(calls) == 1
+    gradient = expected(model, *data(8))
+    assert relative_error(seen[0], {name: 2 * g for name, g in gradient.items()}) <= EXACT
+
+
+def test_accumulate_gradient_makes_views_of_one_window():
+    model = network()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer, batches, handlers, schedule = accumulate_gradient(model, plain, loader(8, 2), 2, [], halving(plain))
+    steps = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y))
+        steps.append(optimizer.accumulate_step)
+        optimizer.step()
+        schedule.step()
+    assert steps == [1, 2, 1, 2]
+    assert (optimizer.accumulate_step, optimizer.window.num_updates) == (0, 2)
+    assert (handlers, schedule.last_epoch) == ([], 2)
+    assert optimizer.param_groups is optimizer.optim.param_groups
+
+
+# --- saving ---
+
+
+def test_resume_in_a_window_gives_the_same_bits():
+    def run(stop: int | None) -> list[Tensor]:
+        gpc.load_config({"gradient_accumulation": 4})
+        x, y = data(16)
+        parts = list(zip(x.float().split(2), y.split(2), strict=True))
+        model = network().float()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        engine, *_ = colossalai.initialize(model, optimizer, nn.CrossEntropyLoss(), verbose=False)
+        for index, part in enumerate(parts):
+            if index == stop:
+                saved = copy.deepcopy((engine.state_dict(), model.state_dict(), optimizer.state_dict()))
+                model = network().float()
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+                engine, *_ = colossalai.initialize(model, optimizer, nn.CrossEntropyLoss(), verbose=False)
+                model.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved[2])
+                engine.load_state_dict(saved[0])
+            iterate(engine, *part)
+        return [param.detach().clone() for param in model.parameters()]
+
+    straight = run(None)
+    for stop in (1, 6):
+        assert all(torch.equal(a, b) for a, b in zip(straight, run(stop), strict=True))
+
+
+# --- ranks ---
+
+
+def on_rank(config: dict[str, Any], sizes: list[list[int]]) -> tuple[Any, int, bool]:
+    gpc.load_config(config)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(gradients_of(getattr(model, "module", model))))
+    engine, *_ = colossalai.initialize(model, optimizer, nn.CrossEntropyLoss(), verbose=False)
+    x, y = data(40)
+    start = 20 * dist.get_rank()
+    before = dist.distributed_c10d._world.pg_names  # touch: the group is there
+    for size in sizes[dist.get_rank()]:
+        iterate(engine, x[start : start + size], y[start : start + size])
+        start += size
+    whole = torch.cat([p.detach().flatten() for p in model.parameters()])
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, whole)
+    return seen[0], len(seen), bool(before) and all(torch.equal(whole, other) for other in everyone)
+
+
+@pytest.mark.parametrize("ddp", [False, True], ids=["replicated", "torch_ddp"])
+@pytest.mark.parametrize("handler", [False, True], ids=["", "handler"])
+def test_two_ranks_equal_the_full_batch(ranks, ddp, handler):
+    config: dict[str, Any] = {"gradient_accumulation": 2}
+    if ddp:
+        config["torch_ddp"] = {}
+    if handler:
+        config["gradient_handler"] = [{"type": "DataParallelGradientHandler"}]
+    results = ranks(2).run(on_rank, config, [[2, 2, 2, 2]] * 2)
+    x, y = data(40)
+    rows = torch.cat([torch.arange(0, 4), torch.arange(20, 24)])
+    for gradient, num_updates, equal in results:
+        assert relative_error(gradient, expected(network(), x[rows], y[rows])) <= EXACT
+        assert (num_updates, equal) == (2, True)
+
+
+def test_unequal_batches_over_ranks_are_weighted(ranks):
+    results = ranks(2).run(on_rank, {"gradient_accumulation": 2}, [[5, 1], [1, 2]])
+    x, y = data(40)
+    rows = torch.cat([torch.arange(0, 6), torch.arange(20, 23)])
+    for gradient, _, equal in results:
+        assert relative_error(gradient, expected(network(), x[rows], y[rows])) <= EXACT
+        assert equal
+
+
+def counted_reductions() -> list[int]:
+    gpc.load_config({"gradient_accumulation": 4})
+    model = network()
+    engine, *_ = colossalai.initialize(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), verbose=False
+    )
+    x, y = data(16)
+    iterate(engine, x[:2], y[:2])  # the first window also agrees on sizes and compares checksums
+    for _ in range(3):
+        iterate(engine, x[:2], y[:2])
+    counts = []
+    for _ in range(8):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            iterate(engine, x[:2], y[:2])
+        counts.append(sum(event.count for event in profiler.key_averages() if event.key == "c10d::allreduce_"))
+    return counts
+
+
+def test_one_reduction_per_window(ranks):
+    assert ranks(2).run(counted_reductions) == [[0, 0, 0, 1] * 2] * 2
+
+
+def test_package_exports_errors_of_its_own():
+    assert issubclass(colossalai.LaunchError, mb.errors.MacrobatchError)
