@@ -31,6 +31,7 @@ from macrobatch.core.weighting import Normalize, Plan, make_policy
 from macrobatch.core.window import Window
 from macrobatch.data import MacroBatchLoader
 from macrobatch.errors import ArgumentError, BatchError, LossError, StateError
+from macrobatch.plan.capture import Capture, captured
 from macrobatch.plan.split import Split, make_split
 from macrobatch.sync import LocalSync, Sync, make_sync
 
@@ -80,6 +81,8 @@ class TrainStep:
         sync: how ranks agree. "auto" finds out: one process, or replicas on all ranks of torch.distributed; "local"
             keeps this process to itself; or a `Sync` object.
         global_batch: samples of a full macro-batch over all ranks, any integer >= 1; what `loader` makes shares of.
+        capture: "compile" runs `loss_fn` through torch.compile: on a GPU as CUDA graphs, which cost no launches. Shapes
+            are compiled one by one. None runs eagerly.
 
     Raises:
         ArgumentError: an argument is out of its domain.
@@ -115,6 +118,7 @@ class TrainStep:
         listeners: Iterable[Listener] = (),
         sync: str | Sync = "auto",
         global_batch: int | None = None,
+        capture: Capture | None = None,
     ) -> None:
         check_callables(model, loss_fn, count)
         self.split = make_split(micro_batch)
@@ -134,10 +138,11 @@ class TrainStep:
         self.global_batch = global_batch
         self._count = count
         self._window = Window(1)
-        strategy = make_sync(sync, model)
+        # A replayed backward adds into fixed addresses, which are not to be lent to a reduction meanwhile.
+        strategy = make_sync(sync, model, overlaps=capture is None)
         self._step = Step(
             model,
-            loss_fn,
+            captured(loss_fn, capture, device),
             gradients=GradientBuffer(
                 lambda: parameters(self.optimizers), header=strategy.header, widens=strategy.widens
             ),

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from macrobatch.accelerate.checkpointing import Checkpoints
 from macrobatch.accelerate.gradient_state import GradientState
 from macrobatch.accelerate.joining import joined
+from macrobatch.accelerate.models import replays
 from macrobatch.accelerate.optimizer import AcceleratedOptimizer
 from macrobatch.accelerate.preparation import Preparation
 from macrobatch.accelerate.processes import Processes
@@ -135,6 +136,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         self._custom_objects: list[Any] = []
         self._windows = Windows(self.gradient_state, self._make_precision, self.num_processes)
         self._inside: list[FedWindow] = []
+        self._replays = replays(options.compile_kwargs)
         self._setup_tracking(options.log_with)
 
     # --- accumulation ---
@@ -150,6 +152,8 @@ class Accelerator(Preparation, Checkpoints, Tracking):
 
     @contextmanager
     def _block(self, window: FedWindow) -> Generator[None]:
+        if self._replays:  # what earlier micro-batches returned has been copied out
+            torch.compiler.cudagraph_mark_step_begin()
         self._inside.append(window)
         try:
             with window:

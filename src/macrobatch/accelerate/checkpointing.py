@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import random
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -24,16 +21,26 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from macrobatch.accelerate.loading import check_state
 from macrobatch.accelerate.processes import Processes
+from macrobatch.accelerate.state_files import (
+    check_optimizer,
+    check_pending,
+    check_random_states,
+    check_scheduler,
+    check_weights,
+    num_bytes,
+    random_states,
+    save_weights,
+    set_random_states,
+)
 from macrobatch.accelerate.utils.constants import (
     OPTIMIZER_NAME,
     RNG_STATE_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     SAMPLER_NAME,
     SCALER_NAME,
     SCHEDULER_NAME,
-    WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
 from macrobatch.accelerate.utils.other import (
@@ -42,16 +49,18 @@ from macrobatch.accelerate.utils.other import (
     model_has_dtensor,
 )
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
-from macrobatch.checkpoint.io import recover
-from macrobatch.errors import ArgumentError, StateError
+from macrobatch.checkpoint.io import partial_folder, recover
+from macrobatch.errors import ArgumentError, PeerError, StateError
 
 __all__ = ["Checkpoints"]
 
+_WINDOW_NAME = "window"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Checkpoints(Processes):
-    """The part of `Accelerator` that saves and loads. A checkpoint is a folder, there as a whole or not at all."""
+    """The part of `Accelerator` that saves and loads. A checkpoint is a folder, there as a whole or not at all; an error
+    on one rank is raised on all."""
 
     _models: list[nn.Module]
     _optimizers: list[Any]
@@ -107,47 +116,35 @@ class Checkpoints(Processes):
             The folder.
         """
         config: Any = self.project_configuration
-        folder = Path(output_dir) if output_dir is not None and not config.automatic_checkpoint_naming else None
-        if config.automatic_checkpoint_naming:
-            folder = Path(str(config.project_dir or output_dir)) / "checkpoints" / f"checkpoint_{config.iteration}"
-        if folder is None:
-            raise ArgumentError("output_dir", given=None, expected="a folder", fix="pass one, or name automatically")
-        if config.automatic_checkpoint_naming and folder.exists():
-            raise ArgumentError(
-                "the checkpoint folder",
-                given=f"{folder}, which exists",
-                expected="a new one",
-                fix="load_state() first, to count on from there, or set project_configuration.iteration",
-            )
+        folder = self._new_folder(output_dir)
         pending = self._gathered(self._pending_state())
         loaders = [loader.state_dict() for loader in self._dataloaders if hasattr(loader, "state_dict")]
-        generators = self._gathered(_random_states())
+        generators = self._gathered(random_states())
         models, weights = list(self._models), [self.get_state_dict(model) for model in self._models]
         optimizers = [_optimizer_state(optimizer, self._models) for optimizer in self._optimizers]
-        if self.is_main_process:
-            with replaced_folder(folder) as place:
+        name = SAFE_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
+        with self._together("save_state"), ExitStack() as stack:
+            with self._together("save_state"):
+                place = stack.enter_context(replaced_folder(folder)) if self._writes else partial_folder(folder)
+            with self._together("save_state"):
                 for hook in self._save_hooks.values():
                     hook(models, weights, str(place))
-                for index, state in enumerate(weights):
-                    name = SAFE_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
-                    save_file(clean_state_dict_for_safetensors(state), place / _numbered(name, index))
-                for index, state in enumerate(optimizers):
-                    save_file(state, place / _numbered(f"{OPTIMIZER_NAME}.bin", index))
-                for index, scheduler in enumerate(self._schedulers):
-                    save_file(scheduler.state_dict(), place / _numbered(f"{SCHEDULER_NAME}.bin", index))
-                for index, state in enumerate(loaders):
-                    save_file(state, place / _numbered(f"{SAMPLER_NAME}.bin", index))
+            if self._writes:
+                _save_all(place, name, map(clean_state_dict_for_safetensors, weights))
+                _save_all(place, f"{OPTIMIZER_NAME}.bin", optimizers)
+                _save_all(place, f"{SCHEDULER_NAME}.bin", (each.state_dict() for each in self._schedulers))
+                _save_all(place, f"{SAMPLER_NAME}.bin", loaders)
                 if self.scaler is not None:
                     save_file(self.scaler.state_dict(), place / f"{SCALER_NAME}.pt")
                 for rank, state in enumerate(generators):
                     save_file(state, place / f"{RNG_STATE_NAME}_{rank}.pkl")
                 for rank, state in enumerate(pending):
-                    save_file(state, place / f"window_{rank}.bin")
+                    save_file(state, place / f"{_WINDOW_NAME}_{rank}.bin")
                 for index, obj in enumerate(self._custom_objects):
                     save_file(obj.state_dict(), place / f"custom_checkpoint_{index}.pkl")
-            if config.automatic_checkpoint_naming and config.total_limit is not None:
-                for old in _numbered_folders(folder.parent)[: -config.total_limit]:
-                    shutil.rmtree(old)
+        if self._writes and config.automatic_checkpoint_naming and config.total_limit is not None:
+            for old in _numbered_folders(folder.parent)[: -config.total_limit]:
+                shutil.rmtree(old)
         config.iteration += 1
         self.wait_for_everyone()
         return str(folder)
@@ -163,52 +160,65 @@ class Checkpoints(Processes):
         Raises:
             StateError: a file is missing, not whole, or does not fit.
         """
-        folder = self._found(input_dir)
+        with self._together("load_state"):
+            if input_dir is not None and self._writes:
+                recover(input_dir)
+        with self._together("load_state"):
+            folder = self._found(input_dir)
+            saved = self._read(folder, load_kwargs or {})
         models = list(self._models)
         for hook in self._load_hooks.values():
             hook(models, str(folder))
-        weights = [_read_weights(folder, index) for index in range(len(models))]
-        for model, state in zip(models, weights, strict=True):
-            _check_fits(extract_model_from_parallel(model), state)
-        read: dict[str, list[Any]] = {
-            name: [load_file(folder / _numbered(f"{name}.bin", index)) for index in range(len(objects))]
-            for name, objects in ((OPTIMIZER_NAME, self._optimizers), (SCHEDULER_NAME, self._schedulers))
-        }
-        for optimizer, state in zip(self._optimizers, read[OPTIMIZER_NAME], strict=True):
-            _check_groups(optimizer, state)
-        restorable: list[Any] = [loader for loader in self._dataloaders if hasattr(loader, "load_state_dict")]
-        paths = [folder / _numbered(f"{SAMPLER_NAME}.bin", index) for index in range(len(restorable))]
-        loaders = [load_file(path) if path.exists() else None for path in paths]
-        custom = [
-            load_file(folder / f"custom_checkpoint_{index}.pkl", **(load_kwargs or {}))
-            for index in range(len(self._custom_objects))
-        ]
-        pending = [load_file(path) for path in _by_rank(folder, "window_*.bin")]
-        path = folder / f"{RNG_STATE_NAME}_{self.process_index}.pkl"
-        generators = load_file(path) if path.exists() else None
-        scaler = load_file(folder / f"{SCALER_NAME}.pt") if self.scaler is not None else None
-
+        with self._together("load_state"):
+            weights = [_read_weights(folder, index) for index in range(len(models))]
+            for model, state in zip(models, weights, strict=True):
+                check_weights(extract_model_from_parallel(model), state)
+        with self._together("load_state"):
+            if saved.pending:
+                self._load_pending_state(saved.pending)
         for model, state in zip(models, weights, strict=True):
             _load_weights(extract_model_from_parallel(model), state)
-        for optimizer, state in zip(self._optimizers, read[OPTIMIZER_NAME], strict=True):
+        for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
             _load_optimizer(optimizer, state, self._models)
-        for scheduler, state in zip(self._schedulers, read[SCHEDULER_NAME], strict=True):
+        for scheduler, state in zip(self._schedulers, saved.schedulers, strict=True):
             scheduler.load_state_dict(state)
-        for loader, state in zip(restorable, loaders, strict=True):
-            if state is not None:
-                loader.load_state_dict(state)
-        for obj, state in zip(self._custom_objects, custom, strict=True):
+        for loader, state in zip(self._restorable, saved.loaders, strict=False):
+            loader.load_state_dict(state)
+        for obj, state in zip(self._custom_objects, saved.custom, strict=True):
             obj.load_state_dict(state)
-        if scaler is not None:
-            self.scaler.load_state_dict(scaler)
-        if pending:
-            self._load_pending_state(pending)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved.scaler)
         number = re.fullmatch(r"checkpoint_(\d+)", folder.name)
         if number and self.project_configuration.automatic_checkpoint_naming:
             self.project_configuration.iteration = int(number[1]) + 1
-        if generators is not None:
-            _set_random_states(generators)
+        if saved.generators is not None:
+            set_random_states(saved.generators)
         self.wait_for_everyone()
+
+    def _read(self, folder: Path, load_kwargs: Mapping[str, Any]) -> _Saved:
+        """All of a checkpoint but the weights, checked."""
+        optimizers, schedulers = (
+            [load_file(folder / _numbered(f"{name}.bin", index)) for index in range(len(objects))]
+            for name, objects in ((OPTIMIZER_NAME, self._optimizers), (SCHEDULER_NAME, self._schedulers))
+        )
+        for optimizer, state in zip(self._optimizers, optimizers, strict=True):
+            check_optimizer(optimizer, state)
+        for scheduler, state in zip(self._schedulers, schedulers, strict=True):
+            check_scheduler(scheduler, state)
+        pending = [load_file(path) for path in _by_rank(folder, _WINDOW_NAME, "bin")]
+        check_pending(pending)
+        paths = [folder / _numbered(f"{SAMPLER_NAME}.bin", index) for index in range(len(self._restorable))]
+        loaders = [load_file(path) for path in paths if pending or path.exists()]  # the original saves none
+        for state in loaders:
+            check_state(state)
+        numbered = range(len(self._custom_objects))
+        custom = [load_file(folder / f"custom_checkpoint_{index}.pkl", **load_kwargs) for index in numbered]
+        path = folder / f"{RNG_STATE_NAME}_{self.process_index}.pkl"
+        is_there = path.exists() or self.process_index < len(pending)
+        generators = load_file(path) if is_there else None
+        check_random_states(generators)
+        scaler = load_file(folder / f"{SCALER_NAME}.pt") if self.scaler is not None else None
+        return _Saved(optimizers, schedulers, loaders, custom, pending, generators, scaler)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """A model's weights, whole; of a sharded one, gathered on the host."""
@@ -217,7 +227,7 @@ class Checkpoints(Processes):
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Write an object to a file, on the main process (of each machine, if the project says so)."""
-        if self.is_main_process or self.project_configuration.save_on_each_node:
+        if self._writes:
             save_file(clean_state_dict_for_safetensors(obj) if safe_serialization else obj, f)
 
     def save_model(
@@ -228,25 +238,29 @@ class Checkpoints(Processes):
         Args:
             max_shard_size: bytes, or text like "500MB".
         """
+        limit = num_bytes(max_shard_size)
         state = clean_state_dict_for_safetensors(self.get_state_dict(model))
-        if not self.is_main_process:
-            return
-        folder = Path(save_directory)
-        name, index_name = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        if not safe_serialization:
-            name, index_name = WEIGHTS_NAME, WEIGHTS_INDEX_NAME
-        shards = _shards(state, _num_bytes(max_shard_size))
-        if len(shards) == 1:
-            save_file(shards[0], folder / name)
-            return
-        stem, _, suffix = name.rpartition(".")
-        files = [f"{stem}-{i:05d}-of-{len(shards):05d}.{suffix}" for i in range(1, len(shards) + 1)]
-        for file, shard in zip(files, shards, strict=True):
-            save_file(shard, folder / file)
-        total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        places = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True)
-        (folder / index_name).write_text(text + "\n", encoding="utf-8")
+        if self._writes:
+            save_weights(state, Path(save_directory), limit, safe_serialization)
+
+    def _new_folder(self, output_dir: Any) -> Path:
+        config: Any = self.project_configuration
+        base = output_dir
+        if config.automatic_checkpoint_naming and config.project_dir is not None:
+            base = config.project_dir
+        if base is None:
+            raise ArgumentError("output_dir", given=None, expected="a folder", fix="pass one, or project_dir=")
+        if not config.automatic_checkpoint_naming:
+            return Path(base)
+        folder = Path(base) / "checkpoints" / f"checkpoint_{config.iteration}"
+        if folder.exists():
+            raise ArgumentError(
+                "the checkpoint folder",
+                given=f"{folder}, which exists",
+                expected="a new one",
+                fix="load_state() first, to count on from there, or set project_configuration.iteration",
+            )
+        return folder
 
     def _found(self, input_dir: Any) -> Path:
         config = self.project_configuration
@@ -254,23 +268,61 @@ class Checkpoints(Processes):
             folder = Path(input_dir)
         elif config.automatic_checkpoint_naming and config.project_dir is not None:
             base = Path(config.project_dir) / "checkpoints"
-            for old in base.glob(".*.old"):
-                recover(base / old.name[1 : -len(".old")])
             folders = _numbered_folders(base)
             folder = folders[-1] if folders else base
         else:
             raise ArgumentError("input_dir", given=None, expected="a folder", fix="pass one, or name automatically")
-        recover(folder)
         if not folder.is_dir() or not any(folder.iterdir()):
             raise StateError("load_state", given=str(folder), expected="a checkpoint's folder", fix="check the path")
         return folder
 
-    def _gathered(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+    @property
+    def _writes(self) -> bool:
+        each = self.project_configuration.save_on_each_node
+        return self.is_local_main_process if each else self.is_main_process
+
+    @property
+    def _restorable(self) -> list[Any]:
+        return [loader for loader in self._dataloaders if hasattr(loader, "load_state_dict")]
+
+    @contextmanager
+    def _together(self, what: str) -> Generator[None]:
+        """Context that raises on all ranks if it does on one, at its end, where all ranks wait for each other."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        problems = self._gathered(error and f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        wrong = {rank: text for rank, text in enumerate(problems) if text is not None}
+        if wrong:
+            raise PeerError(what, given=f"{wrong!r:.500}", expected="no error on any rank", fix="see what those say")
+
+    def _gathered(self, state: Any) -> list[Any]:
         if self.num_processes == 1:
             return [state]
         states: list[Any] = [None] * self.num_processes
         dist.all_gather_object(states, state)
         return states
+
+
+class _Saved(NamedTuple):
+    """What is in a checkpoint besides weights."""
+
+    optimizers: list[Any]
+    schedulers: list[Any]
+    loaders: list[Any]
+    custom: list[Any]
+    pending: list[Any]
+    generators: Any
+    scaler: Any
+
+
+def _save_all(folder: Path, name: str, states: Iterable[Any]) -> None:
+    for index, state in enumerate(states):
+        save_file(state, folder / _numbered(name, index))
 
 
 def _numbered(name: str, index: int) -> str:
@@ -285,31 +337,17 @@ def _numbered_folders(base: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern), key=lambda path: int(path.stem.rpartition("_")[2]))
+def _by_rank(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """The files of all ranks; they end at the last that is there, so that one between that is missing is noticed."""
+    numbers = [
+        int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(rf"{stem}_(\d+)\.{suffix}", path.name))
+    ]
+    return [folder / f"{stem}_{rank}.{suffix}" for rank in range(max(numbers, default=-1) + 1)]
 
 
 def _read_weights(folder: Path, index: int) -> dict[str, Tensor]:
     safe = folder / _numbered(SAFE_WEIGHTS_NAME, index)
     return load_file(safe if safe.exists() else folder / _numbered(WEIGHTS_NAME, index))
-
-
-def _check_fits(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    missing = {name for name in own if name not in state}
-    tied = {name for name in missing if any(own[name] is own[o] or _same(own[name], own[o]) for o in own if o in state)}
-    wrong = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
-    if wrong or missing - tied:
-        raise StateError(
-            "load_state",
-            given=f"weights without {sorted(missing - tied)[:3]}, with {wrong[:3]} that do not fit",
-            expected=f"those of {type(model).__name__}",
-            fix="build the model as it was when it was saved",
-        )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def _load_weights(model: nn.Module, state: dict[str, Any]) -> None:
@@ -338,59 +376,3 @@ def _sharded_owner(optimizer: Any, models: Sequence[nn.Module]) -> nn.Module | N
     ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
     own = (model for model in models if any(id(param) in ids for param in model.parameters()))
     return next((model for model in own if model_has_dtensor(model)), None)
-
-
-def _check_groups(optimizer: Any, state: Any) -> None:
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved = [len(group["params"]) for group in state["param_groups"]] if isinstance(state, dict) else None
-    if saved != sizes and not (saved and all(isinstance(p, str) for g in state["param_groups"] for p in g["params"])):
-        raise StateError(
-            "load_state",
-            given=f"an optimizer's state for groups of {saved} parameters",
-            expected=f"groups of {sizes}",
-            fix="build the optimizer as it was when it was saved",
-        )
-
-
-def _random_states() -> dict[str, Any]:
-    state: Any = np.random.get_state()
-    kind, keys, position, has_gauss, gauss = state
-    return {
-        "random_state": random.getstate(),
-        "numpy_random_seed": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-        "torch_manual_seed": torch.get_rng_state(),
-        "torch_cuda_manual_seed": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    version, numbers, gauss_next = states["random_state"]
-    random.setstate((version, tuple(numbers), gauss_next))
-    kind, keys, *rest = states["numpy_random_seed"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch_manual_seed"])
-    if states["torch_cuda_manual_seed"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["torch_cuda_manual_seed"][: torch.cuda.device_count()])
-
-
-def _num_bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(B|KB|MB|GB|TB|KIB|MIB|GIB|TIB)", str(size).upper())
-    if type(size) is int and size > 0:
-        return size
-    if match is None or not int(match[1]):
-        raise ArgumentError("max_shard_size", given=size, expected='bytes > 0, or text like "500MB"', fix='"10GB"')
-    base = 1024 if "I" in match[2] else 1000
-    return int(match[1]) * base ** "BKMGT".index(match[2][0])
-
-
-def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and used + size > limit:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor
-        used += size
-    return shards

@@ -147,7 +147,8 @@ def _skipping(dataloader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
     if isinstance(dataloader.dataset, IterableDataset):
         return SkipDataLoader(dataloader.dataset, num_batches, **options)
     name = "sampler" if dataloader.batch_sampler is None else "batch_sampler"
-    return DataLoader(dataloader.dataset, **{**options, name: SkipBatchSampler(options[name], num_batches)})
+    options[name] = SkipBatchSampler(options[name], num_batches)
+    return DataLoader(dataloader.dataset, **options)
 
 
 def _indices_of(dataloader: DataLoader[Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class DataLoaderDispatcher(DataLoaderShard):
         position = self.position
         position.num_batches, position.num_together = self.skip_batches, self.num_skipped
         while True:
-            received = [None]
+            received: list[Any] = [None]
             dist.scatter_object_list(received, next(shares, nothing) if is_first else None, 0)
             if received[0] is None:
                 return

@@ -212,9 +212,10 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
             return self._rest(base, num_skipped)
         if not self.position.is_restored:
             self.position.start = {"torch": torch.get_rng_state(), "generator": self._generator_state()}
-        if not num_skipped or indices is None:
-            return islice(super().__iter__(), self.skip_batches, None), _length(indices)
-        rest = SkipBatchSampler(indices, self.skip_batches)
+        num_own = -(-num_skipped // self.num_at_once)
+        if not num_own or indices is None:
+            return islice(super().__iter__(), num_own, None), _length(indices)
+        rest = SkipBatchSampler(indices, num_own)
         return iter(self._loader_of(rest)), _length(rest)
 
     def _rest(self, base: list[Any], num_skipped: int) -> tuple[Iterator[Any], int]:
@@ -227,7 +228,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
             batches = list(own)[0 if rest else whole :]
         else:
             batches = base[num_skipped:]
-        if self.remainder >= 0 and self.batch_sampler is not None:
+        if self.remainder >= 0:
             self.remainder = sum(map(len, base[num_skipped:])) % self.total_batch_size
         with torch.random.fork_rng(devices=[]):  # the seed of its workers has been drawn before
             own_state = None if self.generator is None else self.generator.get_state()
@@ -255,22 +256,22 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
 
     @contextmanager
     def _as_at_the_start(self) -> Generator[None]:
-        """Context with the generators as they were when the restored epoch began."""
+        """Context with the generators as they were when the restored epoch began. The sampler's own stays where it is
+        when the order has been drawn: samplers draw at the end of an epoch, too."""
         start, sampler = self.position.start, get_sampler(self)
         assert start is not None
-        own = getattr(sampler, "generator", None)
-        now = self._generator_state()
+        own: Any = getattr(sampler, "generator", None)
+        is_own = self._generator_state() is not None
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(start["torch"])
-            if now is not None and start["generator"] is not None:
+            if is_own and start["generator"] is not None:
                 own.set_state(start["generator"])
-            elif now is not None:
+            elif is_own:
                 sampler.generator = None
             try:
                 yield
             finally:
-                if now is not None:
-                    own.set_state(now)
+                if is_own:
                     sampler.generator = own
 
     def set_epoch(self, epoch: int) -> None:

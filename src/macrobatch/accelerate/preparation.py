@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from macrobatch.accelerate.data_loader import prepare_data_loader, skip_first_batches
 from macrobatch.accelerate.models import (
     autocast_forward,
+    compile_forward,
     replicate,
     restore_forward,
     shard,
@@ -104,7 +105,7 @@ class Preparation(Processes):
             elif not is_sharded and not isinstance(model, DistributedDataParallel):
                 replicate(model, self.device)
         if self.settings.compile_kwargs is not None:
-            model.compile(**self.settings.compile_kwargs)
+            compile_forward(model, self.settings.compile_kwargs)
         self._remember(model)
         return model
 

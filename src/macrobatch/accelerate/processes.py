@@ -137,18 +137,19 @@ class Processes:
             use_gather_object: gather by pickling, for tensors of different sizes.
         """
         only_tensors = not use_gather_object and _holds_tensors_only(input_data)
-        gathered = self.gather(input_data) if only_tensors else gather_object(input_data)
         num_rows = self.gradient_state.remainder
         if not self.gradient_state.end_of_dataloader or num_rows <= 0:
-            return gathered
+            return self.gather(input_data) if only_tensors else gather_object(input_data)
         if not only_tensors:
-            return gathered[:num_rows]
+            return gather_object(input_data)[:num_rows]
+        num_own_rows = self.gradient_state.readings[-1].num_rows
 
-        def cut(tensor: torch.Tensor) -> torch.Tensor:
+        def gathered(tensor: torch.Tensor) -> torch.Tensor:
             # What is not one row per sample (one loss per rank, say) has no rows to drop.
-            return tensor[:num_rows] if tensor.ndim and len(tensor) > self.num_processes else tensor
+            is_per_sample = tensor.ndim and (len(tensor) > 1 or num_own_rows == 1)
+            return self.gather(tensor)[:num_rows] if is_per_sample else self.gather(tensor)
 
-        return recursively_apply(cut, gathered)
+        return recursively_apply(gathered, input_data)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """All ranks' tensors (of a tree of them) added up, or their mean, on every rank; "none" leaves them alone."""

@@ -225,19 +225,26 @@ class SkipBatchSampler(BatchSampler):
 
 
 def get_sampler(dataloader: Any) -> Any:
-    """The sampler of a loader's indices, whatever is around it; None for a stream."""
-    sampler: Any = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
-    while hasattr(sampler, "batch_sampler"):
-        sampler = sampler.batch_sampler
-    return getattr(sampler, "sampler", None)
+    """The sampler of a loader's indices, whatever is around it; None if its batches come from elsewhere."""
+    innermost = _innermost(dataloader)
+    return getattr(innermost, "sampler", innermost if dataloader.batch_sampler is None else None)
 
 
 def set_sampler(dataloader: Any, new: Any) -> None:
     """Put another sampler of indices there."""
-    sampler: Any = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
+    innermost = _innermost(dataloader)
+    if innermost is dataloader.sampler and not isinstance(innermost, BatchSampler):
+        object.__setattr__(dataloader, "sampler", new)  # a loader without batches; it refuses to be changed
+    else:
+        innermost.sampler = new
+
+
+def _innermost(dataloader: Any) -> Any:
+    """The batch sampler inside all others or, without batches, the sampler."""
+    sampler = dataloader.sampler if dataloader.batch_sampler is None else dataloader.batch_sampler
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
-    sampler.sampler = new
+    return sampler
 
 
 def _indivisible(batch_size: Any, num_processes: int) -> ArgumentError:

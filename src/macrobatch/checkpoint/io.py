@@ -16,7 +16,7 @@ import torch
 
 from macrobatch.errors import StateError
 
-__all__ = ["load_file", "recover", "replaced_folder", "save_file"]
+__all__ = ["load_file", "partial_folder", "recover", "replaced_folder", "save_file"]
 
 _CONTENTS = ".contents.json"
 """In a replaced folder: the names of what was written with it, in contrast to what others put there."""
@@ -79,7 +79,7 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
     recover(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -98,6 +98,12 @@ def replaced_folder(folder: str | os.PathLike[str]) -> Generator[Path]:
     partial.rename(folder)
     _flush(folder.parent)
     recover(folder)
+
+
+def partial_folder(folder: str | os.PathLike[str]) -> Path:
+    """What `replaced_folder` yields, for others who write there at the same time."""
+    folder = Path(folder).absolute()
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def recover(folder: str | os.PathLike[str]) -> None:

@@ -90,8 +90,10 @@ class Accumulation:
         self._plan: Plan | None = None
         self._is_weighted: bool | None = None
         self._num_backwards = 0
-        self._is_inside = False
-        self._is_final = False
+        self.is_inside = False
+        """Whether a micro-batch has been entered and not left."""
+        self.is_final = False
+        """Whether every `.grad` is the window's gradient."""
         self._is_applied = False
         self._has_begun = False
         self._context: AbstractContextManager[Any] | None = None
@@ -107,19 +109,9 @@ class Accumulation:
         return self.window.is_closed
 
     @property
-    def is_inside(self) -> bool:
-        """Whether a micro-batch has been entered and not left."""
-        return self._is_inside
-
-    @property
-    def is_final(self) -> bool:
-        """Whether every `.grad` is the window's gradient."""
-        return self._is_final
-
-    @property
     def is_pending(self) -> bool:
         """Whether a window has been begun and not finished."""
-        return not self._is_final and self.window.num_pending > 0
+        return not self.is_final and self.window.num_pending > 0
 
     def begin(self) -> None:
         """Make the ranks equal, at the latest before the first micro-batch's forward."""
@@ -144,7 +136,7 @@ class Accumulation:
         Raises:
             WindowError: another one has not ended.
         """
-        if self._is_inside:
+        if self.is_inside:
             raise WindowError(
                 "a micro-batch",
                 given="one that begins within another of the same window",
@@ -153,13 +145,13 @@ class Accumulation:
             )
         self.settle()
         is_last = self.window.admit(end_of_data=end_of_data)
-        self._is_inside = True
+        self.is_inside = True
         self._begin(is_last)
         return is_last
 
     def leave(self) -> None:
         """The micro-batch is over. If it was the last, the gradient is finished, used or not."""
-        self._is_inside = False
+        self.is_inside = False
         if self.is_last:
             self.finish()
         self._end_context()
@@ -167,12 +159,12 @@ class Accumulation:
     def fail(self) -> None:
         """The micro-batch ended in an error. What this rank has of the window is given up; the others hear of it if
         this was the last micro-batch, and else get a window without this rank's part."""
-        self._is_inside = False
+        self.is_inside = False
         self._end_context()
         if not self.is_last:
             self._empty()
             return
-        if not self._is_final:
+        if not self.is_final:
             self._opened(None, 1)
             self.sync.close(self.gradients, None)
         self.window.discard()
@@ -194,9 +186,9 @@ class Accumulation:
             LossError: not a loss, or one of the window's losses has a weight and another has not.
             WindowError: the window's gradient has been taken already.
         """
-        if self._is_final and not self._is_inside:
+        if self.is_final and not self.is_inside:
             self.settle()
-        if self._is_final:
+        if self.is_final:
             raise WindowError(
                 "backward",
                 given="a loss for a window whose gradient has been clipped, or used in an update, already",
@@ -236,9 +228,9 @@ class Accumulation:
             LossError: gradients, but no loss whose backward was counted.
             PeerError: another rank failed.
         """
-        if self._is_final or not self.window.num_pending:
+        if self.is_final or not self.window.num_pending:
             return
-        if self._is_inside and not self.is_last:
+        if self.is_inside and not self.is_last:
             raise WindowError(
                 "the gradient",
                 given="a request for it in a micro-batch that is not the last of its window",
@@ -259,7 +251,7 @@ class Accumulation:
                 expected="every loss of the window to go through the same backward",
                 fix="replace loss.backward() by the accelerator's, engine's or accumulation's backward(loss)",
             )
-        self._is_final = True
+        self.is_final = True
         weights = tally.weights()
         used = any(slot.used for slot in self.gradients.slots)
         if not used or all(not isinstance(weight, Tensor) and not weight for weight in weights.values()):
@@ -292,20 +284,20 @@ class Accumulation:
             return
         with self.gradients.lent_to(optimizers):
             yield True
-        self._is_applied = self._is_final
+        self._is_applied = self.is_final
 
     def discard(self) -> None:
         """Give up what is pending: gradients, weights and the place in the window. A finished gradient is taken away.
 
         Inside a micro-batch the place in the window stays, so that it still ends on all ranks together.
         """
-        if self._is_inside and not self.is_last:
+        if self.is_inside and not self.is_last:
             self._empty()
             return
-        if self._is_inside:
+        if self.is_inside:
             self.finish()
             self.skip = self.skip or "given up"
-        elif not self._is_final:
+        elif not self.is_final:
             self._end_context()
             self.window.discard()
             self._forget()
@@ -313,7 +305,7 @@ class Accumulation:
 
     def settle(self) -> None:
         """Count a finished window as what it became: an update, or skipped."""
-        if not self._is_final or self._is_inside:
+        if not self.is_final or self.is_inside:
             return
         self.window.applied() if self._is_applied else self.window.skipped()
         self.precision.update()
@@ -325,7 +317,7 @@ class Accumulation:
         Raises:
             WindowError: in a micro-batch.
         """
-        if self._is_inside:
+        if self.is_inside:
             raise WindowError(
                 "state_dict",
                 given="a call from within a micro-batch",
@@ -401,5 +393,5 @@ class Accumulation:
     def _forget(self) -> None:
         self._tally = self._is_weighted = self._plan = None
         self._num_backwards = 0
-        self._is_final = self._is_applied = False
+        self.is_final = self._is_applied = False
         self.skip = None

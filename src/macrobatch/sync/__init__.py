@@ -16,7 +16,7 @@ from macrobatch.sync.wrapped import WrappedSync
 __all__ = ["LocalSync", "Policy", "ReplicatedSync", "ShardedSync", "Sync", "WrappedSync", "make_sync"]
 
 
-def make_sync(sync: object, model: nn.Module) -> Sync:
+def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True) -> Sync:
     """The strategy for a name, for a strategy itself, or for what the process and the model are.
 
     ```pycon
@@ -35,5 +35,9 @@ def make_sync(sync: object, model: nn.Module) -> Sync:
             return LocalSync()
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
-        return ShardedSync() if any(isinstance(m, FSDPModule) for m in model.modules()) else ReplicatedSync()
+        return (
+            ShardedSync()
+            if any(isinstance(m, FSDPModule) for m in model.modules())
+            else ReplicatedSync(overlap=overlaps)
+        )
     raise ArgumentError("sync", given=sync, expected='"auto", "local" or a Sync object', fix='leave it at "auto"')
