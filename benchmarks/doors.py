@@ -4,7 +4,8 @@
     python benchmarks/doors.py --work gpt124 --rounds 5
     python benchmarks/doors.py --tiny --device cpu    # tiny models, only to see that everything runs
 
-Each contender runs the same windows with its own copy of the model; AdamW with learning rate 0. The gradient's norm is compared with the hand loop's; the error is that of a small window's gradient against float64.
+Each contender runs the same windows with its own copy of the model; AdamW with learning rate 0. The norm of its
+gradient is compared with the hand loop's; the error is that of a small window's gradient against float64.
 """
 
 from __future__ import annotations

@@ -134,9 +134,11 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[Any] = []
         self._custom_objects: list[Any] = []
-        self._windows = Windows(self.gradient_state, self._make_precision, self.num_processes)
-        self._inside: list[FedWindow] = []
         self._replays = replays(options.compile_kwargs)
+        self._windows = Windows(
+            self.gradient_state, self._make_precision, self.num_processes, overlaps=not self._replays
+        )
+        self._inside: list[FedWindow] = []
         self._setup_tracking(options.log_with)
 
     # --- accumulation ---

@@ -33,9 +33,10 @@ class FedWindow(Accumulation):
         state: GradientState,
         precision: Precision,
         world_size: int,
+        overlaps: bool,
     ) -> None:
         model = models[0] if len(models) == 1 else nn.ModuleList(models)
-        sync = make_sync("auto", model)
+        sync = make_sync("auto", model, overlaps=overlaps)
         self.optimizers = list(optimizers)
         self.models = list(models)
         self.state = state
@@ -124,14 +125,18 @@ class Windows:
         state: settings of accumulation.
         precision: called for the loss scale of a new window.
         world_size: number of processes.
+        overlaps: reduce during the last backward. Not for replayed ones, which add into fixed addresses.
     """
 
-    def __init__(self, state: GradientState, precision: Callable[[], Precision], world_size: int) -> None:
+    def __init__(
+        self, state: GradientState, precision: Callable[[], Precision], world_size: int, *, overlaps: bool = True
+    ) -> None:
         self.state = state
         self.models: list[nn.Module] = []
         self.optimizers: list[Optimizer] = []
         self._precision = precision
         self._world_size = world_size
+        self._overlaps = overlaps
         self._made: dict[frozenset[int], FedWindow] = {}
         self._known: dict[tuple[int, ...], FedWindow] = {}
         self._by_optimizer: dict[int, FedWindow] = {}
@@ -190,7 +195,12 @@ class Windows:
             for other in [other for other in self._made if other & key or not other or not key]:
                 self._retire(other)
             self._made[key] = FedWindow(
-                named, optimizers, state=self.state, precision=self._precision(), world_size=self._world_size
+                named,
+                optimizers,
+                state=self.state,
+                precision=self._precision(),
+                world_size=self._world_size,
+                overlaps=self._overlaps,
             )
             self._made[key].begin()
             self._by_optimizer.clear()

@@ -3,8 +3,8 @@
 With `mode="reduce-overhead"` on a GPU, torch.compile replays CUDA graphs, which read and write fixed addresses.
 Gradients that are None between windows then raise "accessing tensor output of CUDAGraphs that has been overwritten",
 or are summed wrongly (https://github.com/pytorch/pytorch/issues/169545). The views of the flat buffer stay where they
-are, so autograd adds into them in place, whatever made the addend. What a replay returns is overwritten by the next one:
-losses and weights are copied out.
+are, so autograd adds into them in place, whatever made the addend. What a replay returns is overwritten by the next
+one: losses and weights are copied out.
 """
 
 from __future__ import annotations
