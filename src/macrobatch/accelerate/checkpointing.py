@@ -59,8 +59,8 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Checkpoints(Processes):
-    """The part of `Accelerator` that saves and loads. A checkpoint is a folder, there as a whole or not at all; an error
-    on one rank is raised on all."""
+    """The part of `Accelerator` that saves and loads. A checkpoint is a folder, there as a whole or not at all.
+    An error on one rank is raised on all."""
 
     _models: list[nn.Module]
     _optimizers: list[Any]

@@ -83,10 +83,7 @@ def prepare_data_loader(
     dataset: Any = dataloader.dataset
     if dispatches and num_ranks > 1:
         options |= {"split_batches": split_batches, "slice_fn": slice_fn_for_dispatch}
-        if is_stream or dataloader.batch_sampler is None:
-            options |= {"batch_size": dataloader.batch_size, "drop_last": False}
-        else:
-            options["batch_sampler"] = dataloader.batch_sampler
+        options |= {**_indices_of(dataloader), **({"drop_last": False} if is_stream else {})}
         return DataLoaderDispatcher(dataset, **options)
     generator = None
     if is_stream:

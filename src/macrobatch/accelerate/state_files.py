@@ -96,7 +96,7 @@ def check_optimizer(optimizer: Any, state: Any) -> None:
 
 def _of_other_shapes(optimizer: Any, state: Mapping[Any, Mapping[str, Any]]) -> str | None:
     """What is wrong with moments that are elementwise; what other state there is, only its optimizer can tell."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    if not type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.optim"):
         return None
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):

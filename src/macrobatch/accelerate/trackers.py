@@ -42,7 +42,8 @@ class GeneralTracker:
     def __init__(self, _blank: bool = False) -> None:
         if _blank:
             return
-        missing = [name for name in ("name", "requires_logging_directory", "tracker") if not hasattr(self, name)]
+        # dir() instead of hasattr(): the property may need what the subclass sets after this.
+        missing = [name for name in ("name", "requires_logging_directory", "tracker") if name not in dir(self)]
         if missing:
             raise NotImplementedError(
                 f"{type(self).__name__}: given a tracker without {missing}; expected them as attributes (`tracker` a "

@@ -71,9 +71,9 @@ def filter_trackers(log_with: Any, logging_dir: Any = None) -> list[Any]:
         else:
             wanted.append(name)
     for each in wanted:
-        needs = LOGGER_TYPE_TO_CLASS[each].requires_logging_directory if isinstance(each, str) else False
-        if needs and logging_dir is None:
-            raise ArgumentError("log_with", given=each, expected="a folder to write into", fix="pass project_dir=")
+        kind = LOGGER_TYPE_TO_CLASS[each] if isinstance(each, str) else each
+        if isinstance(kind, type) and kind.requires_logging_directory and logging_dir is None:
+            raise ArgumentError("log_with", given=kind.name, expected="a folder to write into", fix="pass project_dir=")
     return list(dict.fromkeys(wanted))
 
 

@@ -341,10 +341,12 @@ class Accumulation:
             StateError: what is wrong with it.
         """
         self.settle()
-        self.gradients.start()
+        if self._tally is None:
+            self.gradients.start()  # lays the buffer out, which the check needs
         pending = checked_pending(state, self.gradients)
         trial = Window(1)
         trial.load_state_dict(state["window"])
+        self.gradients.start()
         self.precision.load_state_dict(state["precision"])
         self.window.load_state_dict(state["window"])
         self._forget()

@@ -5,8 +5,10 @@ Shape letters: S samples (documents), T tokens of all of them, H heads, D channe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -120,7 +122,12 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1, 0) if causal else (-1, -1)
-        options: dict[str, Any] = {"enable_gqa": True} if shares_heads else {}
+        options: dict[str, Any] = {}
+        if shares_heads and _knows_gqa():
+            options["enable_gqa"] = True
+        elif shares_heads:
+            num_sharing = query_THD.shape[1] // key_THD.shape[1]
+            key_THD, value_THD = (part.repeat_interleave(num_sharing, dim=1) for part in (key_THD, value_THD))
         mixed: Any = varlen_attn(
             query_THD, key_THD, value_THD, bounds, bounds, max_seqlen, max_seqlen, window_size=window, **options
         )
@@ -132,6 +139,14 @@ def packed_attention(
     q_HTD, k_HTD, v_HTD = (part.transpose(0, 1) for part in (query_THD, key_THD, value_THD))
     mixed_HTD = F.scaled_dot_product_attention(q_HTD, k_HTD, v_HTD, attn_mask=sees_TT, enable_gqa=shares_heads)
     return mixed_HTD.transpose(0, 1)
+
+
+@cache
+def _knows_gqa() -> bool:
+    """Whether torch's kernel (2.12 and later) shares heads by itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def flash_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
