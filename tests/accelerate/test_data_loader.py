@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from macrobatch.accelerate.utils import patch_environment
 
@@ -315,10 +324,45 @@ def test_a_plain_loader_that_skips_can_be_prepared():
     assert shares == [[[2, 3], [6, 7]], [[4, 5], [2, 3]]]
 
 
-@pytest.mark.parametrize("num_batches", [-1, 1.5, "2", None, True], ids=repr)
+@pytest.mark.parametrize("num_batches", [-1, 1.5, "2", True], ids=repr)
 def test_skipping_refuses_what_is_no_number(num_batches: Any):
     with pytest.raises(ValueError, match="num_batches"):
         module(OURS).skip_first_batches(prepared(DataLoader(range(4))), num_batches)
+
+
+# --- lengths that are not to be relied on ---
+
+
+class Estimated(Sampler[int]):
+    """Four samples, and a length that says otherwise."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize("length", [2, 9])
+def test_the_end_is_known_whatever_a_custom_sampler_says(length: int):
+    loader = prepared(DataLoader(range(10), sampler=Estimated(length)))
+    assert [loader.end_of_dataloader for _ in loader] == [False, False, False, True]
+
+
+def test_a_rank_without_a_part_of_the_last_batch_knows_its_end():
+    ends = []
+    for rank in range(2):
+        loader = share(DataLoader(range(5), batch_size=4), rank, split_batches=True, even_batches=False)
+        ends.append([(batch.tolist(), loader.end_of_dataloader) for batch in loader])
+    assert ends == [[([0, 1], False), ([4], True)], [([2, 3], True)]]
+
+
+def test_remainder_counts_what_the_sampler_has():
+    loader = share(DataLoader(range(100), batch_size=4, sampler=SubsetRandomSampler(range(7))), 0)
+    assert [loader.remainder for _ in loader] == [7]
 
 
 # --- sharing among ranks, seen from one process ---
@@ -433,6 +477,17 @@ def of_ranks(package: str, kind: str, size: int, options: dict[str, Any], batch_
                 own.append(batch.tolist())
                 together += accelerator.gather_for_metrics(batch).tolist()
     return own, together
+
+
+def drops(package: str, size: int, split: bool) -> Any:
+    with door(package, dispatch_batches=True, split_batches=split) as accelerator:
+        return numbers(accelerator.prepare(DataLoader(Stream(size), batch_size=4, drop_last=True)))
+
+
+@pytest.mark.parametrize("size", [8, 13, 14])
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_dispatched_streams_drop_what_the_original_drops(ranks: Any, split: bool, size: int):
+    assert ranks(2).run(drops, OURS, size, split) == ranks(2).run(drops, ORIGINAL, size, split)
 
 
 @pytest.mark.parametrize("size", range(1, 10))

@@ -217,6 +217,41 @@ def test_stopped_before_the_first_epoch(tmp_path: Path):
         assert [rows(batch) for batch in loader] == expected
 
 
+def recipe(package: str, num_steps: int, folder: Path, is_restart: bool) -> list[list[list[int]]]:
+    """Three epochs of the documented loop, which tells from a number of steps which epoch a checkpoint is of."""
+    with door(package) as accelerator:
+        torch.manual_seed(3 if not is_restart else 5)
+        loader = accelerator.prepare(loader_of("plain"))
+        first, skipped, found, step = 0, 0, [], 0
+        if is_restart:
+            accelerator.load_state(str(folder / "checkpoint"))
+            first, skipped = divmod(num_steps, len(loader))
+        for epoch in range(first, 3):
+            active = accelerator.skip_first_batches(loader, skipped) if is_restart and epoch == first else loader
+            found.append([])
+            for batch in active:
+                found[-1].append(rows(batch))
+                step += 1
+                if step == num_steps and not is_restart:
+                    accelerator.save_state(str(folder / "checkpoint"))
+        return found
+
+
+@pytest.mark.parametrize("num_steps", [4, 11, 12, 22])
+def test_the_documented_recipe_goes_on(num_steps: int, tmp_path: Path):
+    whole, rest = (recipe(OURS, num_steps, tmp_path, is_restart) for is_restart in (False, True))
+    epoch, skipped = divmod(num_steps, 11)
+    assert rest == [whole[epoch][skipped:], *whole[epoch + 1 :]]
+
+
+def test_after_the_last_batch_the_next_epoch_is_next(tmp_path: Path):
+    _, following = interrupted("plain", 0, 11, tmp_path)
+    with door() as accelerator:
+        loader = accelerator.prepare(loader_of("plain"))
+        accelerator.load_state(str(tmp_path / "checkpoint"))
+        assert [rows(batch) for batch in loader] == following
+
+
 def test_without_skipping_the_epoch_begins_again(tmp_path: Path):
     whole, following = interrupted("plain", 0, 4, tmp_path)
     with door() as accelerator:

@@ -83,7 +83,7 @@ def prepare_data_loader(
     dataset: Any = dataloader.dataset
     if dispatches and num_ranks > 1:
         options |= {"split_batches": split_batches, "slice_fn": slice_fn_for_dispatch}
-        options |= {**_indices_of(dataloader), **({"drop_last": False} if is_stream else {})}
+        options |= _indices_of(dataloader)
         return DataLoaderDispatcher(dataset, **options)
     generator = None
     if is_stream:
@@ -105,17 +105,18 @@ def prepare_data_loader(
     return DataLoaderShard(dataset, rng_types=kinds, synchronized_generator=generator, **options)
 
 
-def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
+def skip_first_batches(dataloader: DataLoader[Any], num_batches: int | None = None) -> DataLoader[Any]:
     """A loader without the first batches of its next epoch.
 
     Args:
         num_batches: of this rank. By default, of a loader that was restored: all that were yielded before, on however
-            many ranks.
+            many ranks; of another: none.
     """
-    if type(num_batches) is not int or num_batches < 0:
+    is_whole = hasattr(num_batches, "__index__") and not isinstance(num_batches, bool)
+    if num_batches is not None and (not is_whole or num_batches < 0):
         raise ArgumentError("num_batches", given=num_batches, expected="an integer >= 0", fix="pass how many were seen")
     if not isinstance(dataloader, DataLoaderShard):
-        return _skipping(dataloader, num_batches)
+        return _skipping(dataloader, int(num_batches or 0))
     if isinstance(dataloader, DataLoaderDispatcher):
         skipping = copy.copy(dataloader)
     else:
@@ -130,8 +131,8 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
             **options,
         )
     position = skipping.position = dataloader.position
-    together = dataloader.num_skipped + num_batches * dataloader.num_at_once
-    if num_batches == 0 and position.is_restored:
+    together = dataloader.num_skipped + int(num_batches or 0) * dataloader.num_at_once
+    if num_batches is None and position.is_restored:
         together = position.num_together
     skipping.num_skipped_together = together
     skipping.skip_batches = -(-together // dataloader.num_at_once)

@@ -66,7 +66,7 @@ class DataLoaderDispatcher(DataLoaderShard):
                 return
             share, is_last, num_rows = received[0]
             batch = share if self.device is None else send_to_device(share, self.device, self.non_blocking)
-            self.end_of_dataloader = is_last
+            self.end_of_dataloader = position.is_at_end = is_last
             if is_last:
                 self.remainder = num_rows
             position.num_batches += 1

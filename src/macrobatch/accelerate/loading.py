@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from macrobatch.accelerate.gradient_state import GradientState
 from macrobatch.accelerate.sampling import (
+    EXACT,
     BatchSamplerShard,
     IterableDatasetShard,
     SeedableRandomSampler,
     SkipBatchSampler,
+    certain_length,
     get_sampler,
     set_sampler,
 )
@@ -53,6 +55,8 @@ class Position:
         """Batches of the sampler that the epoch has yielded, to all ranks together."""
         self.start: dict[str, Any] | None = None
         self.is_restored = False
+        self.is_at_end = False
+        """Whether the last batch of the epoch was yielded."""
 
 
 class DataLoaderStateMixin:
@@ -161,7 +165,13 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         super().begin()
         if not self.drops_last and self.batch_size_of_indices:
             with suppress(TypeError):  # a stream without a length
-                self.remainder = self.total_dataset_length % self.total_batch_size
+                self.remainder = self._num_samples % self.total_batch_size
+
+    @property
+    def _num_samples(self) -> int:
+        """Samples of an epoch of all ranks together: those of the sampler, which may leave some of the data out."""
+        sampler = get_sampler(self)
+        return len(sampler) if type(sampler) in EXACT else self.total_dataset_length
 
     @property
     def batch_size_of_indices(self) -> int | None:
@@ -171,27 +181,40 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.rng_types:
             synchronize_rng_states(self.rng_types, self.synchronized_generator)
+        position = self.position
+        if position.is_restored and position.is_at_end and self.num_skipped < position.num_together:
+            self._finish()
         self.set_epoch(self.iteration)
         self.begin()
-        position = self.position
         try:
             yield from self._epoch()
-            position.epoch += 1
-            position.num_batches = position.num_together = 0
-            position.is_restored = False
+            self._advance()
         finally:
             self.end()
+
+    def _advance(self) -> None:
+        position = self.position
+        position.epoch += 1
+        position.num_batches = position.num_together = 0
+        position.is_restored = position.is_at_end = False
+
+    def _finish(self) -> None:
+        """Of an epoch that was restored after its last batch: draw what it drew, so that the next one is next."""
+        if self.batches_of_indices is not None:
+            self._drawn()
+        self._advance()
 
     def _epoch(self) -> Iterator[Any]:
         position = self.position
         batches, total = self._batches(self.num_skipped)
         position.num_batches, position.num_together = self.skip_batches, self.num_skipped
-        state = self.gradient_state
+        state, num_at_once = self.gradient_state, self.num_at_once
+        device = self.device if torch.accelerator.is_available() else None  # else there is no other device to leave
         for batch, is_last in marked(batches, total):
-            moved = batch if self.device is None else send_to_device(batch, self.device, self.non_blocking)
-            self.end_of_dataloader = is_last
+            moved = batch if device is None else send_to_device(batch, device, self.non_blocking)
+            self.end_of_dataloader = position.is_at_end = is_last
             position.num_batches += 1
-            position.num_together += self.num_at_once
+            position.num_together += num_at_once
             state._yielded(self, ignorant_find_batch_size(moved) or 1)  # pyright: ignore[reportPrivateUsage]
             yield moved
 
@@ -206,17 +229,14 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         """The epoch's batches without the first, and how many there are, if that is known."""
         indices = self.batches_of_indices
         if self.position.is_restored and indices is not None:
-            with self._as_at_the_start():
-                self._draw_seed()
-                base = list(indices.batch_sampler if isinstance(indices, BatchSamplerShard) else indices)
-            return self._rest(base, num_skipped)
+            return self._rest(self._drawn(), num_skipped)
         if not self.position.is_restored:
             self.position.start = {"torch": torch.get_rng_state(), "generator": self._generator_state()}
         num_own = -(-num_skipped // self.num_at_once)
         if not num_own or indices is None:
-            return islice(super().__iter__(), num_own, None), _length(indices)
+            return islice(super().__iter__(), num_own, None), certain_length(indices)
         rest = SkipBatchSampler(indices, num_own)
-        return iter(self._loader_of(rest)), _length(rest)
+        return iter(self._loader_of(rest)), certain_length(rest)
 
     def _rest(self, base: list[Any], num_skipped: int) -> tuple[Iterator[Any], int]:
         """A restored epoch's batches without the first: those that an uninterrupted one has, on as many ranks."""
@@ -244,9 +264,12 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
             return DataLoader(self.dataset, sampler=batches, batch_size=None, **options)
         return DataLoader(self.dataset, batch_sampler=batches, **options)
 
-    def _draw_seed(self) -> None:
-        """Draw what a loader draws for its workers, before its sampler draws an order."""
-        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+    def _drawn(self) -> list[Any]:
+        """All batches of indices of the restored epoch, for all ranks."""
+        indices = self.batches_of_indices
+        with self._as_at_the_start():
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # what a loader draws for its workers
+            return list(indices.batch_sampler if isinstance(indices, BatchSamplerShard) else indices)
 
     def _generator_state(self) -> Tensor | None:
         """State of the sampler's own generator, if its order depends on that."""
@@ -304,6 +327,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
             "start": self.position.start,
             "generator": self._generator_state(),
             "initial_seed": getattr(get_sampler(self), "initial_seed", None),
+            "is_at_end": self.position.is_at_end,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -316,10 +340,10 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         position, sampler = self.position, get_sampler(self)
         position.epoch, position.start = state_dict["epoch"], state_dict["start"]
         position.num_batches, position.num_together = state_dict["num_batches"], state_dict["num_batches_together"]
-        position.is_restored = position.num_batches > 0
+        position.is_restored, position.is_at_end = position.num_batches > 0, state_dict["is_at_end"]
         if isinstance(sampler, SeedableRandomSampler) and state_dict["initial_seed"] is not None:
             sampler.initial_seed = state_dict["initial_seed"]
-        elif isinstance(sampler, RandomSampler) and state_dict["generator"] is not None:
+        elif hasattr(sampler, "generator") and state_dict["generator"] is not None:
             sampler.generator = sampler.generator or torch.Generator()
             sampler.generator.set_state(state_dict["generator"])
 
@@ -362,7 +386,7 @@ def check_state(state: Any) -> None:
         StateError: it is something else.
     """
     counts = ("epoch", "num_batches", "num_batches_together")
-    expected = {*counts, "start", "generator", "initial_seed"}
+    expected = {*counts, "start", "generator", "initial_seed", "is_at_end"}
     is_whole = isinstance(state, Mapping) and set(state) == expected
     if not is_whole or any(type(state[name]) is not int or state[name] < 0 for name in counts):
         raise StateError(
@@ -371,11 +395,3 @@ def check_state(state: Any) -> None:
             expected=f"the keys {sorted(expected)}, with counts >= 0",
             fix="pass what state_dict returned",
         )
-
-
-def _length(indices: Any) -> int | None:
-    """How many batches there will be, if that is known."""
-    try:
-        return len(indices)
-    except TypeError:
-        return None

@@ -164,8 +164,8 @@ class Preparation(Processes):
         self._dataloaders.append(prepared)
         return prepared
 
-    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
-        """A loader over what comes after the first batches."""
+    def skip_first_batches(self, dataloader: Any, num_batches: int | None = None) -> Any:
+        """A loader over what comes after the first batches; without a number, after those of a loaded checkpoint."""
         return skip_first_batches(dataloader, num_batches)
 
     def unwrap_model(

@@ -8,7 +8,15 @@ from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from macrobatch.errors import ArgumentError
 
@@ -17,6 +25,7 @@ __all__ = [
     "IterableDatasetShard",
     "SeedableRandomSampler",
     "SkipBatchSampler",
+    "StreamFrom",
     "get_sampler",
 ]
 
@@ -200,6 +209,22 @@ class IterableDatasetShard(IterableDataset[Any]):
             yield from group[size * self.process_index : size * (self.process_index + 1)]
 
 
+class StreamFrom(IterableDataset[Any]):
+    """A stream without its first elements."""
+
+    def __init__(self, dataset: Any, num_elements: int) -> None:
+        self.dataset = dataset
+        self.num_elements = num_elements
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.dataset), self.num_elements, None)
+
+
 class SkipBatchSampler(BatchSampler):
     """A batch sampler without its first batches."""
 
@@ -245,6 +270,28 @@ def _innermost(dataloader: Any) -> Any:
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     return sampler
+
+
+EXACT = (
+    DistributedSampler,
+    RandomSampler,
+    SeedableRandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+"""Samplers whose length is what they yield."""
+
+
+def certain_length(indices: Any) -> int | None:
+    """How many batches there will be, if that is certain: the length of a custom sampler may be an estimate."""
+    if getattr(indices, "split_batches", False) and not indices.even_batches:
+        return None  # a rank may have no part of the last batch
+    layer = indices
+    while type(layer) in (BatchSamplerShard, SkipBatchSampler):
+        layer = layer.batch_sampler
+    layer = layer.sampler if type(layer) is BatchSampler else layer
+    return len(indices) if isinstance(layer, list | range) or type(layer) in EXACT else None
 
 
 def _indivisible(batch_size: Any, num_processes: int) -> ArgumentError:
