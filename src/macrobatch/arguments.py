@@ -10,10 +10,19 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from macrobatch.core.autograd import refuse_sparse
 from macrobatch.core.events import Listener
 from macrobatch.errors import ArgumentError
 
-__all__ = ["check_callables", "checked_listeners", "checked_optimizers", "checked_schedulers", "parameters"]
+__all__ = [
+    "check_callables",
+    "check_global_batch",
+    "check_sparse_grad",
+    "checked_listeners",
+    "checked_optimizers",
+    "checked_schedulers",
+    "parameters",
+]
 
 
 def parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
@@ -35,6 +44,24 @@ def check_callables(model: object, loss_fn: object, count: object) -> None:
     if count is not None and not callable(count):
         raise ArgumentError(
             "count", given=count, expected="a function count(batch) or None", fix="pass a function of the macro-batch"
+        )
+
+
+def check_sparse_grad(sparse_grad: object, model: nn.Module) -> None:
+    """Refuse a model that makes sparse gradients, unless they may become dense."""
+    if sparse_grad not in ("refuse", "densify"):
+        raise ArgumentError(
+            "sparse_grad", given=sparse_grad, expected='"refuse" or "densify"', fix="leave it at its default"
+        )
+    if sparse_grad == "refuse":
+        refuse_sparse(model)
+
+
+def check_global_batch(global_batch: object) -> None:
+    """Refuse what is no number of samples."""
+    if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
+        raise ArgumentError(
+            "global_batch", given=global_batch, expected="an integer >= 1 or None", fix="pass global_batch=1000"
         )
 
 

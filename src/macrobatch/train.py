@@ -14,12 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from macrobatch import tree
 from macrobatch.arguments import (
     check_callables,
+    check_global_batch,
+    check_sparse_grad,
     checked_listeners,
     checked_optimizers,
     checked_schedulers,
     parameters,
 )
-from macrobatch.core.autograd import refuse_sparse, set_gradient
+from macrobatch.core.autograd import set_gradient
 from macrobatch.core.events import Listener
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Loss, Weight, checked_counts
@@ -125,16 +127,8 @@ class TrainStep:
         self.optimizers = checked_optimizers(optimizer, model)
         self.schedulers = checked_schedulers(scheduler)
         device = parameters(self.optimizers)[0].device
-        if sparse_grad not in ("refuse", "densify"):
-            raise ArgumentError(
-                "sparse_grad", given=sparse_grad, expected='"refuse" or "densify"', fix="leave it at its default"
-            )
-        if sparse_grad == "refuse":
-            refuse_sparse(model)
-        if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
-            raise ArgumentError(
-                "global_batch", given=global_batch, expected="an integer >= 1 or None", fix="pass global_batch=1000"
-            )
+        check_sparse_grad(sparse_grad, model)
+        check_global_batch(global_batch)
         self.global_batch = global_batch
         self._count = count
         self._window = Window(1)

@@ -86,6 +86,6 @@ def test_migration_is_the_import():
     before, after = (
         (EXAMPLES / name).read_text(encoding="utf-8") for name in ("guide_accelerate.py", "guide_macrobatch.py")
     )
-    code = [text.split('"""', 2)[2].splitlines() for text in (before, after)]
+    code = [list(filter(None, text.split('"""', 2)[2].splitlines())) for text in (before, after)]
     assert set(code[1]) - set(code[0]) == {"from macrobatch.accelerate import Accelerator"}
     assert len(code[0]) == len(code[1])

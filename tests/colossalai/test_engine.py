@@ -274,15 +274,14 @@ def test_fp16_scales_once_and_skips_an_overflowing_window():
 def test_handler_is_called_once_per_window():
     calls: list[int] = []
 
-    class Doubling(BaseGradientHandler):
+    class DoublingOnce(BaseGradientHandler):
         def handle_gradient(self) -> None:
             calls.append(1)
             for param in self._model.parameters():
                 param.grad.mul_(2)
 
-    if not GRADIENT_HANDLER.has("Doubling"):
-        GRADIENT_HANDLER.register_module(Doubling)
-    config = {"gradient_accumulation": 4, "gradient_handler": [{"type": "Doubling"}]}
+    GRADIENT_HANDLER.register_module(DoublingOnce)
+    config = {"gradient_accumulation": 4, "gradient_handler": [{"type": "DoublingOnce"}]}
     engine, batches, _, model, seen = started(config, loader(8, 2))
     for x, y in batches:
         iterate(engine, x, y)

@@ -52,6 +52,8 @@ __all__ = [
     "synchronize_rng_states",
 ]
 
+__version__ = "1.15.0"  # of the accelerate that it stands in for: scripts ask before they use a feature
+
 
 def __getattr__(name: str) -> Any:
     raise absent(__name__, name)

@@ -123,9 +123,11 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         self.dataloader_config = options.dataloader_config
         self.step_scheduler_with_optimizer = options.step_scheduler_with_optimizer
         self.rng_types = options.rng_types
-        self.native_amp = self.mixed_precision in ("bf16", "fp16") and (
-            self.mixed_precision == "bf16" or self.device.type != "cpu"
-        )
+        self.ddp_handler, self.scaler_handler = options.ddp_handler, options.scaler_handler
+        self.init_handler, self.autocast_handler = options.init_handler, options.autocast_handler
+        self.profile_handler = options.profile_handler
+        narrow = self.mixed_precision
+        self.native_amp = narrow == "bf16" or (narrow == "fp16" and self.device.type != "cpu")
         self.scaler = None
         if self.native_amp and self.mixed_precision == "fp16":
             self.scaler = torch.amp.GradScaler(self.device.type, **options.scaler_kwargs)

@@ -35,8 +35,9 @@ class BaseEnum(str, enum.Enum, metaclass=_Listed):
 
 
 class DistributedType(BaseEnum):
-    """What kind of processes there are."""
+    """What kind of processes there are. Printed with the class's name, as logs of scripts show it."""
 
+    __str__ = enum.Enum.__str__
     NO = "NO"
     MULTI_CPU = "MULTI_CPU"
     MULTI_GPU = "MULTI_GPU"
