@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -142,22 +143,21 @@ def graphed(job: Job, num_rows: int) -> Running:
     return Running(update, optimizer)
 
 
-def accelerate(job: Job, num_rows: int, *, is_sharded: bool = False) -> Running:
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+def accelerate(job: Job, num_rows: int, *, package: str = "accelerate", is_sharded: bool = False) -> Running:
+    """The same script, whichever of the two packages its imports name."""
+    library, state = import_module(package), import_module(f"{package}.state")
+    state.AcceleratorState._reset_state(True)
+    state.GradientState._reset_state()
     micro_batches = job.micro_batches(num_rows)
     plugin = partial(
-        FullyShardedDataParallelPlugin,
+        library.FullyShardedDataParallelPlugin,
         fsdp_version=2,
         mixed_precision_policy=SHARDED_PRECISION,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
         cpu_ram_efficient_loading=False,
     )
-    accelerator = Accelerator(
+    accelerator = library.Accelerator(
         gradient_accumulation_steps=len(micro_batches),
         mixed_precision="bf16" if job.precision == "bf16" else "no",
         cpu=job.device.type == "cpu",

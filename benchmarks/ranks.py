@@ -96,6 +96,8 @@ def mlp(job: Job) -> Iterator[Contender]:
     yield Contender("DDP, every micro-batch", num_rows, partial(ddp, job, num_rows, always=True))
     yield Contender("DDP, no_sync, bucket views", num_rows, partial(ddp, job, num_rows, views=True))
     yield Contender("Accelerate", num_rows, partial(accelerate, job, num_rows))
+    door = partial(accelerate, job, num_rows, package="macrobatch.accelerate")
+    yield Contender("macrobatch.accelerate", num_rows, door)
     yield Contender("TrainStep", num_rows, ours)
     yield Contender("TrainStep, nonfinite=ignore", num_rows, partial(ours, nonfinite="ignore"))
     after = partial(ReplicatedSync, overlap=False)
