@@ -29,7 +29,7 @@ LAYERS = (
     ("plan",),
     ("core.__init__",),
     ("core.step", "core.accumulation"),
-    ("core.update", "core.handover"),
+    ("core.update", "core.handover", "core.microstep"),
     ("sync", "core.precision"),
     ("core.gradients", "core.result", "core.twopass"),
     ("core.tally",),

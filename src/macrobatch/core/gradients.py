@@ -170,6 +170,10 @@ class GradientBuffer:
                 if id(param) not in known:
                     param.grad = None  # unfrozen inside the window: it takes part from the next one on
 
+    def touch(self, slots: Iterable[Slot]) -> None:
+        """Something added to these, of which autograd does not know: count them as used by the window."""
+        torch.autograd.graph.increment_version([slot.local for slot in slots])
+
     def clear(self) -> None:
         """The window is given up: no parameter has a gradient."""
         for slot in self.slots:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
-from macrobatch.core.autograd import backward
 from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Updated
 from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.result import StepResult
 from macrobatch.core.snapshot import Snapshot
 from macrobatch.core.tally import Seeds, Tally
@@ -25,7 +25,6 @@ from macrobatch.sync.base import Sync
 
 __all__ = ["LossFn", "MicroBatch", "Step"]
 
-LossFn = Callable[[Any, Any], Any]
 MicroBatch = tuple[Any, int]
 """A micro-batch and its number of samples."""
 
@@ -76,11 +75,18 @@ class Step:
         self.device = device
         self.listeners: list[Listener] = []
         self.sync = sync
+        self.use(MicroStep())
         self._seeds = Seeds()
         self._begun = False
         self._is_running = False
         self._spare: Any = None
         self._latest: Any = None
+
+    def use(self, micro_step: MicroStep) -> None:
+        """Run micro-batches by this from now on."""
+        self.micro_step = micro_step.bind(
+            self.model, self.gradients, precision=self.update.precision, device=self.device
+        )
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
@@ -154,17 +160,11 @@ class Step:
             seeds=self._seeds,
         )
         num_samples = 0
-        precision = self.update.precision
         try:
             for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
                 num_samples += num_rows
                 with self.sync.micro_batch(self.gradients, is_last=is_last):
-                    with precision.forward():
-                        output = loss_fn(self.model, tree.to_device(micro_batch, self.device))
-                    totals, seeds = (tally.admit if num_rows else tally.rehearse)(output, num_rows)
-                    if totals:
-                        backward(totals, precision.seeds(seeds))
-                del output, totals  # the graph is gone before the next forward
+                    self.micro_step(loss_fn, micro_batch, num_rows, tally)
                 if self.listeners and num_rows:
                     self._emit(MicroBatchDone(index=index, is_last=is_last))
         except Exception:

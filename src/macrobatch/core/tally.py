@@ -70,24 +70,11 @@ class Tally:
         Raises:
             LossError: the output is not a loss.
         """
-        self._read = None
         parts = taken_apart(output, num_samples)
-        if not self.terms:
-            self._open(parts)
-        elif parts.keys() != self.terms.keys():
-            raise _term_error(parts, self.terms)
-        tensors: list[Tensor] = []
-        seeds: list[Tensor] = []
-        for name, (tensor, factor, weight) in parts.items():
-            term = self.terms[name]
-            # A loss that is a parameter, or a view of one, would change with it before anybody reads it.
-            shares = tensor.grad_fn is None or tensor._is_view()
-            term.tensors.append(tensor.detach().clone() if shares else tensor.detach())
-            term.factors.append(factor)
-            term.weights.append(weight)
-            if tensor.requires_grad:
-                tensors.append(tensor)
-                seeds.append(self._seed(term, tensor, factor, weight))
+        self.begin(parts)
+        tensors = [part.tensor for part in parts.values() if part.tensor.requires_grad]
+        seeds = self.over_weights(parts, self.seeds(parts))
+        self.note(parts)
         if not tensors and any(not isinstance(part.weight, float) or part.weight for part in parts.values()):
             raise LossError(
                 "the loss",
@@ -96,6 +83,50 @@ class Tally:
                 fix="compute it from the model's output, without detach(), item() or no_grad()",
             )
         return tensors, seeds
+
+    def begin(self, parts: Mapping[str, Part]) -> None:
+        """Open the window's terms with those of its first micro-batch; later ones must have the same.
+
+        Raises:
+            LossError: they have not.
+        """
+        if not self.terms:
+            self._open(parts)
+        elif parts.keys() != self.terms.keys():
+            raise _term_error(parts, self.terms)
+
+    def seeds(self, parts: Mapping[str, Part]) -> list[Tensor]:
+        """What the backward of each part that requires grad starts from, as far as that is known before the forward
+        (0-d, the part's dtype and device). Once per window is enough for parts that differ in nothing but numbers on
+        the device."""
+        return [
+            self._seed(self.terms[name], part.tensor, part.factor, part.weight)
+            for name, part in parts.items()
+            if part.tensor.requires_grad
+        ]
+
+    def over_weights(self, parts: Mapping[str, Part], seeds: list[Tensor]) -> list[Tensor]:
+        """`seeds`, made what they should be where each micro-batch enters with its mean over a weight on the device."""
+        if isinstance(self._policy, Exact):
+            return seeds
+        weights = [part.weight for part in parts.values() if part.tensor.requires_grad]
+        return [
+            torch.where(weight > 0, seed / weight.to(seed.dtype), torch.zeros_like(seed))
+            if isinstance(weight, Tensor)
+            else seed
+            for weight, seed in zip(weights, seeds, strict=True)
+        ]
+
+    def note(self, parts: Mapping[str, Part]) -> None:
+        """Keep the losses and weights of one micro-batch, for whoever reads them when the window is over."""
+        self._read = None
+        for name, (tensor, factor, weight) in parts.items():
+            term = self.terms[name]
+            # A loss that is a parameter, or a view of one, would change with it before anybody reads it.
+            shares = tensor.grad_fn is None or tensor._is_view()
+            term.tensors.append(tensor.detach().clone() if shares else tensor.detach())
+            term.factors.append(factor)
+            term.weights.append(weight)
 
     def join(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Take in a further loss over the items that were admitted last, as if both had been added up before."""
@@ -323,11 +354,8 @@ class Tally:
 
     def _seed(self, term: Term, tensor: Tensor, factor: float, weight: Weight) -> Tensor:
         scale = term.scale
-        if not isinstance(self._policy, Exact):  # each micro-batch enters with its mean
-            if isinstance(weight, Tensor):
-                weight = weight.to(tensor.dtype)
-                return torch.where(weight > 0, scale * factor / weight, torch.zeros_like(weight))
-            factor = factor / weight if weight else 0.0
+        if not isinstance(self._policy, Exact) and not isinstance(weight, Tensor):
+            factor = factor / weight if weight else 0.0  # each micro-batch enters with its mean
         if isinstance(scale, Tensor):
             return (scale * factor).to(tensor)
         seed = term.seeds.get(scale * factor)
