@@ -265,6 +265,7 @@ def test_clip_without_asking_for_sync_gradients(package):
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model, optimizer = door.prepare(model, optimizer)
+    direction = torch.zeros(2)
     for x in (torch.tensor([[10.0, 0.0]]), torch.tensor([[0.0, 3.0]])):
         with door.accumulate(model):
             door.backward(model(x).mean())

@@ -541,7 +541,9 @@ def draws() -> list[Any]:
 def restores_random_states(folder: Path) -> tuple[list[Any], list[Any]]:
     seed = 3 + (dist.get_rank() if dist.is_initialized() else 0)
     run = Run()
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     draws()  # NumPy's normal distribution has a second number in hand now
     run.accelerator.save_state(folder / "checkpoint")
     expected = draws()
