@@ -16,6 +16,7 @@ from macrobatch.errors import ArgumentError
 
 __all__ = [
     "check_callables",
+    "check_flag",
     "check_global_batch",
     "check_sparse_grad",
     "checked_listeners",
@@ -45,6 +46,13 @@ def check_callables(model: object, loss_fn: object, count: object) -> None:
         raise ArgumentError(
             "count", given=count, expected="a function count(batch) or None", fix="pass a function of the macro-batch"
         )
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(name, given=value, expected="True or False", fix=f"pass {name}=True")
+    return value
 
 
 def check_sparse_grad(sparse_grad: object, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from macrobatch import tree
 from macrobatch.arguments import (
     check_callables,
+    check_flag,
     check_global_batch,
     check_sparse_grad,
     checked_listeners,
@@ -23,6 +24,7 @@ from macrobatch.arguments import (
 )
 from macrobatch.core.autograd import set_gradient
 from macrobatch.core.events import Listener
+from macrobatch.core.fused import FusedLinear
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Loss, Weight, checked_counts
 from macrobatch.core.precision import Precision, make_precision
@@ -86,6 +88,9 @@ class TrainStep:
         capture: "compile" runs `loss_fn` through torch.compile: on a GPU as CUDA graphs, which cost no launches. Shapes
             are compiled one by one. None runs eagerly.
 
+        fused_linear: let the matrix products of `nn.Linear` layers in bf16 or fp16 add their weight gradients to the
+            fp32 buffer themselves. Of use where the weights are in 16 bits, not under autocast of fp32 weights.
+
     Raises:
         ArgumentError: an argument is out of its domain.
         NotYetError: `micro_batch="auto"`.
@@ -121,6 +126,7 @@ class TrainStep:
         sync: str | Sync = "auto",
         global_batch: int | None = None,
         capture: Capture | None = None,
+        fused_linear: bool = False,
     ) -> None:
         check_callables(model, loss_fn, count)
         self.split = make_split(micro_batch)
@@ -155,6 +161,8 @@ class TrainStep:
         )
         self._step.update.precision.groups = self._step.gradients.groups
         self._step.listeners += checked_listeners(listeners)
+        if check_flag("fused_linear", fused_linear):
+            self._step.into = FusedLinear(model).into
 
     @property
     def num_updates(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 
 from macrobatch.errors import GradientError
 
-__all__ = ["accepts_wider", "accumulation_dtype", "backward", "refuse_sparse", "set_gradient"]
+__all__ = ["accepts_wider", "accumulation_dtype", "backward", "refuse_sparse", "set_gradient", "wider_aside"]
 
 _ENGINE = torch.autograd.Variable._execution_engine  # pyright: ignore[reportPrivateUsage]
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
@@ -37,6 +39,22 @@ def set_gradient(param: Tensor, gradient: Tensor | None) -> None:
         param.grad = None
         param.grad_dtype = gradient.dtype
     param.grad = gradient
+
+
+@contextmanager
+def wider_aside(params: Iterable[Tensor]) -> Generator[None]:
+    """For the time of a forward, no `.grad` of another dtype than its parameter's.
+
+    torch.compile compiles nothing that touches a parameter with such a gradient, and runs it eagerly without a word.
+    """
+    held = [(param, param.grad) for param in params if param.grad is not None and param.grad.dtype != param.dtype]
+    for param, _ in held:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, gradient in held:
+            param.grad = gradient
 
 
 def backward(tensors: list[Tensor], seeds: list[Tensor]) -> None:

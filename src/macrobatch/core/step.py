@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -76,6 +77,8 @@ class Step:
         self.listeners: list[Listener] = []
         self.sync = sync
         self.use(MicroStep())
+        self.into: Callable[[GradientBuffer], AbstractContextManager[Any]] = nullcontext
+        """Context of a window's forwards and backwards: how gradients get into the buffer, if not by autograd alone."""
         self._seeds = Seeds()
         self._begun = False
         self._is_running = False
@@ -161,12 +164,13 @@ class Step:
         )
         num_samples = 0
         try:
-            for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
-                num_samples += num_rows
-                with self.sync.micro_batch(self.gradients, is_last=is_last):
-                    self.micro_step(loss_fn, micro_batch, num_rows, tally)
-                if self.listeners and num_rows:
-                    self._emit(MicroBatchDone(index=index, is_last=is_last))
+            with self.into(self.gradients):
+                for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
+                    num_samples += num_rows
+                    with self.sync.micro_batch(self.gradients, is_last=is_last):
+                        self.micro_step(loss_fn, micro_batch, num_rows, tally)
+                    if self.listeners and num_rows:
+                        self._emit(MicroBatchDone(index=index, is_last=is_last))
         except Exception:
             self.sync.close(self.gradients, None)
             raise

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from macrobatch.core.autograd import wider_aside
 from macrobatch.core.twopass import TwoPass
 from macrobatch.errors import ArgumentError, LossError
 from macrobatch.tree import map_tensors
@@ -60,6 +61,7 @@ class Compiled:
     def __init__(self, loss_fn: LossFn, device: torch.device) -> None:
         self._eager = loss_fn
         self._replays = device.type == "cuda"
+        self._narrow: list[Tensor] | None = None
         self._compiled: LossFn | None = torch.compile(
             loss_fn, mode="reduce-overhead" if self._replays else None, dynamic=False
         )
@@ -69,8 +71,11 @@ class Compiled:
             return self._eager(model, micro_batch)
         if self._replays:
             torch.compiler.cudagraph_mark_step_begin()
+        if self._narrow is None:
+            self._narrow = [param for param in model.parameters() if param.itemsize < 4]
         try:
-            output = self._compiled(model, micro_batch)
+            with wider_aside(self._narrow):
+                output = self._compiled(model, micro_batch)
         except (LossError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -218,14 +220,18 @@ class ReplicatedSync(Sync):
         home = {id(slot.param): index for index, bucket in enumerate(self._buckets) for slot in bucket.slots}
         held = {home[param] for param in self._unpredictable if param in home} | {len(self._buckets) - 1}
 
-        def ready(param: Tensor) -> None:
+        def ready(param: Tensor, *_: Any) -> None:
             waiting[home[id(param)]].discard(id(param))
             while (following := len(self._flying)) not in held and not waiting[following]:
                 for slot in self._buckets[following].slots:
                     slot.param.grad = None
                 self._send(self._buckets[following])
 
-        handles = [slot.param.register_post_accumulate_grad_hook(ready) for slot in gradients.slots]
+        # Unlike hooks of parameters, those of nodes fire also where a backward has written to the buffer itself.
+        nodes = [get_gradient_edge(slot.param).node for slot in gradients.slots]  # held: autograd does not
+        handles = [
+            node.register_hook(partial(ready, slot.param)) for node, slot in zip(nodes, gradients.slots, strict=True)
+        ]
         try:
             yield
         finally:

@@ -1,0 +1,195 @@
+"""Weight gradients of linear layers in 16 bits, added to the fp32 buffer by the matrix product itself.
+
+Autograd makes the gradient of a bf16 weight in bf16, rounded, and adds it to the buffer in a second pass over both. A
+matrix product can add its fp32 result to an fp32 matrix in place: half the traffic, and one rounding less. For the time
+of a window the `nn.Linear` layers of a model get a forward whose backward does so. What it cannot do is left to
+autograd, layer by layer and backward by backward, and adds up with it in the same view.
+
+Source: `torch.addmm(..., out_dtype=torch.float32)`, https://docs.pytorch.org/docs/stable/generated/torch.addmm.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, increment_version
+
+from macrobatch.core.gradients import GradientBuffer, Slot
+
+__all__ = ["FusedLinear", "add_product"]
+
+_HALF = (torch.bfloat16, torch.float16)
+_CAST = (*_HALF, torch.float32)  # by autocast
+
+
+class FusedLinear:
+    """The linear layers of a model, for whose weights a gradient buffer may be written to directly.
+
+    Fused are weights in bf16 or fp16 of plain `nn.Linear` layers of which the buffer has an fp32 view. Embeddings that
+    share such a weight add their part as ever. Left as they are: frozen weights, those with hooks, parametrized or
+    spread over ranks, layers with a forward of their own, and inputs of another dtype than the weight, as under
+    autocast to another dtype. A backward with `create_graph=True` and `torch.autograd.grad` work as ever, unless they
+    are part of what torch.compile compiles.
+
+    ```pycon
+    >>> layer = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+    >>> buffer = GradientBuffer(layer.parameters)
+    >>> buffer.start()
+    >>> with FusedLinear(layer).into(buffer):
+    ...     layer(torch.ones(3, 2, dtype=torch.bfloat16)).sum().backward()
+    >>> layer.weight.grad
+    tensor([[3., 3.]])
+
+    ```
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layout: list[Slot] = []
+        self._layers: list[_Layer] = []
+
+    @contextmanager
+    def into(self, gradients: GradientBuffer) -> Generator[None]:
+        """For the time of this context, which is all of a window's forwards and backwards, write to this buffer."""
+        if self._layout is not gradients.slots:
+            self._layers = list(_layers_of(self._model, gradients))
+            self._layout = gradients.slots
+        layers = [layer for layer in self._layers if layer.is_free()]
+        nodes = [get_gradient_edge(layer.slot.param).node for layer in layers]  # held: autograd does not
+        handles = [
+            # A captured backward writes without moving the version counter, which says that a parameter was used.
+            node.register_hook(partial(_used, layer.slot.view))
+            for node, layer in zip(nodes, layers, strict=True)
+        ]
+        for layer in layers:
+            layer.module.__dict__["forward"] = layer.forward
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.module.__dict__.pop("forward", None)
+            for handle in handles:
+                handle.remove()
+
+
+class _Layer(NamedTuple):
+    module: nn.Linear
+    slot: Slot
+    forward: Callable[[Tensor], Tensor]
+    """Always the same object, since a compiled model is compiled again for another one."""
+
+    def is_free(self) -> bool:
+        """Whether nobody else has to see this gradient, or has set a forward."""
+        param: Any = self.slot.param
+        has_hooks = param._backward_hooks or param._post_accumulate_grad_hooks
+        return param.requires_grad and not has_hooks and "forward" not in self.module.__dict__
+
+
+def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]:
+    slots = {id(slot.param): slot for slot in gradients.slots}
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            continue
+        weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage] # a parametrized one is not there
+        slot = slots.get(id(weight))
+        if slot is None or type(weight) is not nn.Parameter or weight.dtype not in _HALF:
+            continue
+        if slot.view.dtype is torch.float32 and slot.view.is_contiguous():
+            # A captured graph is to write to it, not to a copy.
+            torch._dynamo.mark_static_address(slot.view, guard=True)  # pyright: ignore[reportPrivateUsage]
+            yield _Layer(module, slot, partial(_forward, module, weight, slot.view))
+
+
+def _used(view: Tensor, *_: Any) -> None:
+    increment_version(view)
+
+
+def _forward(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tensor:
+    weight: Tensor = module.weight
+    bias: Any = module.bias
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in _CAST:
+        x = x.to(torch.get_autocast_dtype(kind))
+    is_alike = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
+    if weight is not param or not is_alike or not torch.is_grad_enabled() or _is_transformed():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias, view)  # pyright: ignore[reportReturnType]
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func is at work, whose tensors are not what they seem."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, view = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        ctx.view = view  # not among the saved: their versions are checked, and this one is there to be written to
+        if not torch.compiler.is_compiling():
+            ctx.param = weight  # the saved one may be an alias of it, under checkpointing
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad @ weight if needs_x else None
+        grad_bias = grad_NO.sum(0) if ctx.has_bias and needs_bias else None
+        if torch.compiler.is_compiling():
+            torch.ops.macrobatch.add_product(ctx.view, grad_NO, x_NI)
+        elif needs_weight and _is_wanted(ctx.param, ctx.view):
+            _add_product(ctx.view, grad_NO, x_NI)
+        else:
+            return grad_x, grad_NO.t() @ x_NI, grad_bias, None
+        return grad_x, None, grad_bias, None
+
+
+def _is_wanted(param: Tensor, view: Tensor) -> bool:
+    """Whether the backward under way is one that adds to this `.grad`, and the buffer is not lent to a reduction."""
+    if torch.is_grad_enabled() or param.grad is not view:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(param).node)  # pyright: ignore[reportPrivateUsage]
+    except RuntimeError:  # the weight is what torch.autograd.grad was asked for
+        return False
+
+
+def _add_product(total: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
+    """`total += grad_NO.T @ x_NI`, in fp32, rounded once."""
+    if total.is_cuda:
+        torch.addmm(total, grad_NO.t(), x_NI, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(grad_NO.t().float(), x_NI.float())
+
+
+@torch.library.custom_op("macrobatch::add_product", mutates_args={"total"})
+def add_product(total: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
+    """`total += grad_NO.T @ x_NI`: (O, I) fp32, (N, O) and (N, I) 16-bit. An operator, so that compiled graphs keep it.
+
+    ```pycon
+    >>> total = torch.ones(1, 2)
+    >>> add_product(total, torch.ones(3, 1, dtype=torch.bfloat16), torch.ones(3, 2, dtype=torch.bfloat16))
+    >>> total
+    tensor([[4., 4.]])
+
+    ```
+    """
+    _add_product(total, grad_NO, x_NI)
+
+
+@add_product.register_fake
+def _(total: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
+    return None

@@ -1,0 +1,246 @@
+"""Weight gradients that the matrix products add to the fp32 buffer themselves.
+
+Tolerances: products of bf16 numbers are exact in fp32, so sums of a few thousand of them differ from float64 by fp32
+rounding alone, 1e-6 relative, where the incoming gradients are the same; a bf16 gradient is off by 2^-9.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import macrobatch as mb
+from macrobatch.core.fused import FusedLinear, add_product
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.errors import ArgumentError
+from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
+
+BF16 = torch.bfloat16
+
+
+class Tied(nn.Module):
+    """A head that shares its weight with the embedding, a layer that is used twice, one frozen, one left unused."""
+
+    def __init__(self, *, uses_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.twice = nn.Linear(8, 8)
+        self.frozen = nn.Linear(8, 8)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.frozen.weight.requires_grad_(False)
+        self.uses_checkpoint = uses_checkpoint
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.frozen(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.embed(ids_BT[:, :-1])
+        x = checkpoint(self.body, x, use_reentrant=False) if self.uses_checkpoint else self.body(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+
+
+def loss_fn(model: Any, ids_BT: Tensor) -> Tensor:
+    return model(ids_BT)
+
+
+def tied(seed: int = 0, **options: Any) -> tuple[Tied, Tensor]:
+    torch.manual_seed(seed)
+    return Tied(**options).to(BF16), torch.randint(0, 11, (24, 7))
+
+
+def window(model: nn.Module, batch: Any, *, micro_batch: int = 3, loss: Any = loss_fn, **options: Any) -> dict:
+    seen: dict[str, Tensor | None] = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: seen.update(gradients_of(model)))
+    step = mb.TrainStep(model, optimizer, loss, micro_batch=micro_batch, **options)
+    assert step(batch).skipped is None
+    return seen
+
+
+def num_products(model: nn.Module, batch: Any, **options: Any) -> tuple[dict, int]:
+    """The window's gradient and how many matrix products went straight into the buffer."""
+    from unittest.mock import patch  # counts, and calls what it counts
+
+    from macrobatch.core import fused
+
+    with patch.object(fused, "_add_product", wraps=fused._add_product) as counted:
+        return window(model, batch, **options), counted.call_count
+
+
+@pytest.mark.parametrize("num", [1, 8, 64])
+def test_linear_of_known_gradients_equals_fp64_where_a_bf16_buffer_does_not(num):
+    """loss = sum of outputs × constants: the gradient is a product of bf16 numbers (256 being a power of two), and any
+    error is accumulation's."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 8, bias=False, dtype=BF16)
+    x_BI, c_BO = torch.randn(256, 16, dtype=BF16), torch.randn(256, 8, dtype=BF16)
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> mb.Loss:
+        return mb.Loss((model(batch[0]) * batch[1]).float().sum(), 1.0 * len(batch[0]))
+
+    def scaled(grad: Tensor) -> dict[str, Tensor | None]:
+        return {"weight": grad}
+
+    exact = scaled(c_BO.double().T @ x_BI.double() / 256)
+    fused = window(copy.deepcopy(layer), (x_BI, c_BO), micro_batch=256 // num, loss=loss, fused_linear=True)
+    assert relative_error(fused, exact) <= 1e-6
+    in_bf16 = torch.zeros(8, 16, dtype=BF16)  # control
+    for x, c in zip(x_BI.chunk(num), c_BO.chunk(num), strict=True):
+        in_bf16 += (c.T @ x) / 256
+    assert relative_error(scaled(in_bf16.float()), exact) > 1e-4
+
+
+@pytest.mark.parametrize("uses_checkpoint", [False, True])
+@pytest.mark.parametrize("micro_batch", [24, 5])
+def test_tied_frozen_unused_and_repeated_weights(micro_batch, uses_checkpoint):
+    model, ids_BT = tied(uses_checkpoint=uses_checkpoint)
+    exact = full_batch_gradient(copy.deepcopy(model), loss_fn, ids_BT)
+    plain = window(copy.deepcopy(model), ids_BT, micro_batch=micro_batch)
+    fused, num = num_products(model, ids_BT, micro_batch=micro_batch, fused_linear=True)
+    assert num == -(-24 // micro_batch) * 3  # the repeated layer, twice, and the head
+    assert {name for name, grad in fused.items() if grad is None} == {"unused.weight", "unused.bias"}
+    assert relative_error(fused, exact) <= 1.1 * relative_error(plain, exact)  # one rounding less
+    # The head's part and the embedding's are both in: without either it would be off by much more than bf16.
+    assert relative_error(fused, exact) < 2e-2
+    assert relative_error({"embed.weight": fused["embed.weight"]}, {"embed.weight": exact["embed.weight"]}) < 2e-2
+
+
+def test_forward_is_put_back_also_after_an_error():
+    model, ids_BT = tied()
+    step = mb.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch=8, fused_linear=True)
+    step(ids_BT)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    step._step.loss_fn = lambda model, batch: model(batch) / 0 if model(batch) is None else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        step(ids_BT)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def parametrized(model: Tied) -> None:
+    nn.utils.parametrizations.weight_norm(model.twice)
+
+
+def hooked(model: Tied) -> None:
+    model.twice.weight.register_hook(lambda grad: grad)
+
+
+def told(model: Tied) -> None:
+    model.twice.weight.register_post_accumulate_grad_hook(lambda param: None)
+
+
+def forwarded(model: Tied) -> None:
+    model.twice.forward = lambda x: F.linear(x, model.twice.weight, model.twice.bias)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def half(model: Tied) -> None:
+    model.twice.float()
+    model.twice.forward = lambda x: F.linear(x.float(), model.twice.weight, model.twice.bias).to(BF16)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("change", [parametrized, hooked, told, forwarded, half])
+def test_layers_that_cannot_be_fused_are_left_as_they_are(change):
+    model, ids_BT = tied()
+    change(model)
+    plain = window(model, ids_BT)
+    fused, num = num_products(model, ids_BT, fused_linear=True)
+    assert num == 8  # the head alone
+    assert relative_error(fused, plain) < 1e-2
+
+
+def test_fp32_weights_are_left_as_they_are():
+    model, ids_BT = tied()
+    plain = window(model.float(), ids_BT)
+    fused, num = num_products(model, ids_BT, fused_linear=True)
+    assert num == 0
+    assert all(torch.equal(a, b) for a, b in zip(plain.values(), fused.values(), strict=True) if a is not None)
+
+
+@pytest.mark.parametrize(("precision", "num"), [("bf16", 24), ("fp32", 24)])
+def test_autocast_to_the_weights_dtype_is_fused(precision, num):
+    model, ids_BT = tied()
+    plain = window(model, ids_BT, precision=precision)
+    fused, counted = num_products(model, ids_BT, precision=precision, fused_linear=True)
+    assert counted == num
+    assert relative_error(fused, plain) < 1e-2
+
+
+def test_a_gradient_within_the_loss_is_not_added():
+    """torch.autograd.grad to the inputs must leave weights alone, and a gradient penalty needs a second derivative."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(BF16)
+    x_BC = torch.randn(12, 4, dtype=BF16)
+
+    def penalty(model: Any, x_BC: Tensor) -> Tensor:
+        x_BC = x_BC.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x_BC).sum(), x_BC, create_graph=True)
+        (unused,) = torch.autograd.grad(model(x_BC).sum(), x_BC)
+        (weight,) = torch.autograd.grad(model(x_BC).sum(), model[0].weight)
+        return (model(x_BC) * (1 + unused.sum() + weight.sum())).float().mean() + slope.float().square().mean()
+
+    plain = window(copy.deepcopy(model), x_BC, loss=penalty)
+    assert relative_error(window(model, x_BC, loss=penalty, fused_linear=True), plain) < 1e-2  # bf16 each
+
+
+def test_functional_calls_are_left_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).to(BF16)
+    x_BC = torch.randn(12, 4, dtype=BF16)
+
+    def loss(model: Any, x_BC: Tensor) -> Tensor:
+        doubled = {name: 2 * param for name, param in model.named_parameters()}
+        slopes = torch.func.grad(lambda x_BC: torch.func.functional_call(model, doubled, x_BC).float().sum())(x_BC)
+        return torch.func.functional_call(model, doubled, x_BC).float().mean() + slopes.float().mean()
+
+    fused, num = num_products(model, x_BC, loss=loss, fused_linear=True)
+    assert num == 0
+    assert relative_error(fused, window(model, x_BC, loss=loss)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4), (2, 3, 4), (0, 4)], ids=str)
+def test_inputs_of_any_number_of_dimensions(shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, dtype=BF16)
+    x = torch.randn(shape, dtype=BF16)
+    exact = copy.deepcopy(layer).double()
+    exact(x.double()).sum().backward()
+    buffer = GradientBuffer(layer.parameters)
+    buffer.start()
+    with FusedLinear(layer).into(buffer):
+        layer(x).sum().backward()
+    buffer.collect()
+    torch.testing.assert_close(layer.weight.grad, exact.weight.grad, check_dtype=False, rtol=1e-6, atol=1e-6)
+    assert all(slot.used for slot in buffer.slots)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+def test_a_compiled_loss_keeps_it(caplog):
+    """The compiled backward writes in place, marks the weights as used, and leaves an unused one alone."""
+    model, ids_BT = tied()
+    exact = full_batch_gradient(copy.deepcopy(model), loss_fn, ids_BT)
+    torch._dynamo.reset()
+    with caplog.at_level("WARNING", "macrobatch"):
+        fused, num = num_products(model, ids_BT, micro_batch=8, capture="compile", fused_linear=True)
+    assert num == 3 * 3  # by the operator, within what was compiled
+    assert not caplog.records
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert fused["unused.weight"] is None
+    assert relative_error(fused, exact) < 2e-2
+
+
+def test_operator_passes_the_checks_of_torch():
+    total, grad, x = torch.randn(3, 4), torch.randn(5, 3, dtype=BF16), torch.randn(5, 4, dtype=BF16)
+    torch.library.opcheck(add_product, (total, grad, x))
+
+
+def test_flag_is_checked():
+    model, _ = tied()
+    with pytest.raises(ArgumentError, match="fused_linear"):
+        mb.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch=1, fused_linear="yes")  # pyright: ignore[reportArgumentType]
