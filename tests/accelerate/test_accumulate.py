@@ -155,6 +155,21 @@ def test_accumulate_forgotten_steps_on_whole_gradients(package, gradient):
 
 
 @pytest.mark.parametrize("package", BOTH)
+def test_windows_accumulated_by_hand_undo_the_division_by_n(package):
+    # The original's recipe for token means: losses over the window's tokens times N, and no `accumulate`.
+    run = Recorder(accelerator(package), [1.0, 2.0, 3.0, 6.0, 5.0])
+    batches = list(run.batches())
+    for index, window in enumerate([batches[:4], batches[4:]]):
+        run.index = index
+        for x in window:
+            run.accelerator.backward(run.loss(x) / len(window) * 4)
+        run.accelerator.clip_grad_norm_(run.model.parameters(), 100.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert run.seen == [(0, 3.0), (1, 5.0)]
+
+
+@pytest.mark.parametrize("package", BOTH)
 def test_plain_backward_in_a_window(package):
     run = Recorder(accelerator(package, 2), [-4.0] * 2)
 

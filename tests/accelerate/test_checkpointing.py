@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from macrobatch.accelerate import Accelerator
 from macrobatch.accelerate import state as states
 from macrobatch.accelerate.utils import ProjectConfiguration
-from macrobatch.errors import ArgumentError, PeerError, StateError
+from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -383,11 +384,32 @@ def test_another_model_is_refused(tmp_path: Path):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_inside_a_micro_batch_nothing_is_saved(tmp_path: Path):
+def test_in_the_middle_of_a_micro_batch_nothing_is_saved(tmp_path: Path):
     run = Run()
-    with pytest.raises(RuntimeError, match="accumulate block"), run.accelerator.accumulate(run.model):
+    with (
+        pytest.raises(RuntimeError, match="backward or update is still to come"),
+        run.accelerator.accumulate(run.model),
+    ):
         run.accelerator.save_state(tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("stop", [4, 6])  # in the last micro-batch of a window, and in one that is not the last
+def test_at_the_end_of_a_block_is_as_good_as_after_it(tmp_path: Path, stop: int):
+    expected = straight(0, tmp_path, stop)
+    torch.manual_seed(0)
+    run = Run()
+    for index, (x, y) in enumerate(run.loader, start=1):
+        with run.accelerator.accumulate(run.model):
+            run.accelerator.backward(((run.model(x) - y) ** 2).mean())
+            run.optimizer.step()
+            run.scheduler.step()
+            if index == stop:
+                run.accelerator.save_state(str(tmp_path / "checkpoint"))
+            run.optimizer.zero_grad()
+    run.epoch(run.loader)
+    assert run.weights() == expected  # saving disturbed nothing
+    assert resumed(99, tmp_path, stop) == expected
 
 
 def loads_what_is_damaged_for_one(folder: Path) -> str:
@@ -406,6 +428,67 @@ def loads_what_is_damaged_for_one(folder: Path) -> str:
         assert run.weights() == moved
         return type(error).__name__
     return ""
+
+
+def saves_on_the_main_process(folder: Path) -> tuple[list[float], list[str], str]:
+    run = Run()
+    accelerator = run.accelerator
+    accelerator._attendance.patience_s = 0.2
+    batches = iter(run.loader)
+    run.epoch([next(batches) for _ in range(3)])
+    refused = ""
+    try:
+        if accelerator.is_main_process:
+            accelerator.save_state(str(folder / "refused"))
+    except WindowError as error:
+        refused = str(error)
+    run.epoch([next(batches)])
+    if accelerator.is_main_process:
+        accelerator.save_state(str(folder / "alone"))
+    accelerator._attendance.patience_s = 20.0
+    accelerator.save_state(str(folder / "together"))
+    run.epoch(batches)
+    return run.weights(), sorted(path.name for path in folder.iterdir()), refused
+
+
+def goes_on_from_the_main_process_s(folder: Path, name: str) -> list[float]:
+    torch.manual_seed(99)
+    run = Run()
+    for module in run.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    run.accelerator.load_state(str(folder / name))
+    run.epoch(run.accelerator.skip_first_batches(run.loader, 4))
+    return run.weights()
+
+
+def test_the_main_process_may_save_alone_after_an_update(ranks: Any, tmp_path: Path):
+    first, second = ranks(2, timeout_s=30.0).run(saves_on_the_main_process, tmp_path)
+    assert first[0] == second[0]
+    assert first[1] == second[1] == ["alone", "together"]
+    assert "in the middle of a window" in first[2]
+    assert not second[2]
+    assert (tmp_path / "together" / "random_states_1.pkl").exists()
+    assert not (tmp_path / "alone" / "random_states_1.pkl").exists()
+    # Without dropout, nothing depends on the random states that are missing.
+    ends = {name: ranks(2).run(goes_on_from_the_main_process_s, tmp_path, name) for name in ("alone", "together")}
+    assert ends["alone"] == ends["together"]
+
+
+def test_who_comes_late_finds_a_checkpoint_and_no_deadlock(ranks: Any, tmp_path: Path):
+    assert ranks(2, timeout_s=30.0).run(comes_late, tmp_path) == [["alone", "together"]] * 2
+
+
+def comes_late(folder: Path) -> list[str]:
+    accelerator = Run().accelerator
+    accelerator._attendance.patience_s = 0.2
+    if not accelerator.is_main_process:
+        while not (folder / "alone").exists():
+            time.sleep(0.01)
+    accelerator.save_state(str(folder / "alone"))
+    accelerator._attendance.patience_s = 20.0
+    accelerator.save_state(str(folder / "together"))
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_an_error_on_one_rank_is_one_on_all(ranks: Any, tmp_path: Path):

@@ -29,7 +29,7 @@ from macrobatch.accelerate.windows import FedWindow, Windows, restricted
 from macrobatch.core.handover import share_of
 from macrobatch.core.loss import Weight
 from macrobatch.core.precision import Fp16, Precision
-from macrobatch.errors import LossError, WindowError
+from macrobatch.errors import LossError
 from macrobatch.sync import LocalSync
 
 __all__ = ["Accelerator"]
@@ -181,6 +181,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         if not self._inside and not window.is_pending:
             window.settle()
             window.take_batch()
+            window.is_outside = True
             self.gradient_state._sync_gradients = not self.gradient_state.is_held  # pyright: ignore[reportPrivateUsage]
         if loss.ndim and loss.numel() == 1:
             loss = loss.reshape(())
@@ -320,14 +321,6 @@ class Accelerator(Preparation, Checkpoints, Tracking):
     # --- saving, freeing, watching ---
 
     def _pending_state(self) -> dict[str, Any]:
-        for window in self._windows.all:
-            if window.is_inside:
-                raise WindowError(
-                    "save_state",
-                    given="a call within an accumulate block",
-                    expected="one between two micro-batches",
-                    fix="save after the block",
-                )
         return {"windows": [window.state_dict() for window in self._windows.all]}
 
     def _load_pending_state(self, states: Sequence[dict[str, Any]]) -> None:

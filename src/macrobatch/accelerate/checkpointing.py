@@ -21,15 +21,19 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from macrobatch.accelerate.attendance import Attendance, Present
 from macrobatch.accelerate.loading import check_state
 from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.state_files import (
+    by_rank,
     check_optimizer,
     check_pending,
     check_random_states,
     check_scheduler,
     check_weights,
     num_bytes,
+    numbered,
+    numbered_folders,
     random_states,
     save_weights,
     set_random_states,
@@ -50,7 +54,7 @@ from macrobatch.accelerate.utils.other import (
 )
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.io import partial_folder, recover
-from macrobatch.errors import ArgumentError, PeerError, StateError
+from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 
 __all__ = ["Checkpoints"]
 
@@ -75,6 +79,8 @@ class Checkpoints(Processes):
     def _setup_checkpoints(self) -> None:
         self._save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self._attendance = Attendance()
+        self._is_alone = False
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load these, too.
@@ -108,16 +114,46 @@ class Checkpoints(Processes):
     def save_state(self, output_dir: Any = None, safe_serialization: bool = True, **save_model_func_kwargs: Any) -> str:
         """Write a checkpoint, between any two micro-batches: inside a window, too. All ranks have to call.
 
+        Where only the main process does, after an update and with a folder that is given, there is a checkpoint
+        without the other ranks' random states, and a warning.
+
         Args:
             output_dir: its folder; not needed with automatic naming.
             safe_serialization: weights as safetensors, instead of torch's format.
 
         Returns:
             The folder.
+
+        Raises:
+            WindowError: a micro-batch is under way, or only the main process called in the middle of a window.
         """
-        config: Any = self.project_configuration
         folder = self._new_folder(output_dir)
-        pending = self._gathered(self._pending_state())
+        own = self._pending_state()
+        present = self._present(folder)
+        if present == "main" and any(window["pending"] is not None for window in own["windows"]):
+            raise WindowError(
+                "save_state",
+                given="a call on the main process only, in the middle of a window",
+                expected="one on all ranks, each of which has a part of the window's gradients",
+                fix="call it outside of `if accelerator.is_main_process`, or only `if accelerator.sync_gradients`",
+            )
+        if present != "late":
+            self._is_alone = present == "main"
+            try:
+                self._write(folder, own, safe_serialization)
+            finally:
+                self._is_alone = False
+        self.project_configuration.iteration += 1
+        return str(folder)
+
+    def _present(self, folder: Path) -> Present:
+        if self.project_configuration.automatic_checkpoint_naming or any(map(model_has_dtensor, self._models)):
+            return "all"
+        return self._attendance.meet(str(folder), rank=self.process_index, world_size=self.num_processes)
+
+    def _write(self, folder: Path, own_pending: dict[str, Any], safe_serialization: bool) -> None:
+        config: Any = self.project_configuration
+        pending = self._gathered(own_pending)
         loaders = [loader.state_dict() for loader in self._dataloaders if hasattr(loader, "state_dict")]
         generators = self._gathered(random_states())
         models, weights = list(self._models), [self.get_state_dict(model) for model in self._models]
@@ -143,11 +179,10 @@ class Checkpoints(Processes):
                 for index, obj in enumerate(self._custom_objects):
                     save_file(obj.state_dict(), place / f"custom_checkpoint_{index}.pkl")
         if self._writes and config.automatic_checkpoint_naming and config.total_limit is not None:
-            for old in _numbered_folders(folder.parent)[: -config.total_limit]:
+            for old in numbered_folders(folder.parent)[: -config.total_limit]:
                 shutil.rmtree(old)
-        config.iteration += 1
-        self.wait_for_everyone()
-        return str(folder)
+        if not self._is_alone:
+            self.wait_for_everyone()
 
     def load_state(self, input_dir: Any = None, load_kwargs: Any = None, **load_model_func_kwargs: Any) -> None:
         """Go on from a checkpoint, of any number of ranks. All ranks have to call. Nothing is changed unless all of it
@@ -198,21 +233,21 @@ class Checkpoints(Processes):
     def _read(self, folder: Path, load_kwargs: Mapping[str, Any]) -> _Saved:
         """All of a checkpoint but the weights, checked."""
         optimizers, schedulers = (
-            [load_file(folder / _numbered(f"{name}.bin", index)) for index in range(len(objects))]
+            [load_file(folder / numbered(f"{name}.bin", index)) for index in range(len(objects))]
             for name, objects in ((OPTIMIZER_NAME, self._optimizers), (SCHEDULER_NAME, self._schedulers))
         )
         for optimizer, state in zip(self._optimizers, optimizers, strict=True):
             check_optimizer(optimizer, state)
         for scheduler, state in zip(self._schedulers, schedulers, strict=True):
             check_scheduler(scheduler, state)
-        pending = [load_file(path) for path in _by_rank(folder, _WINDOW_NAME, "bin")]
+        pending = [load_file(path) for path in by_rank(folder, _WINDOW_NAME, "bin")]
         check_pending(pending)
-        paths = [folder / _numbered(f"{SAMPLER_NAME}.bin", index) for index in range(len(self._restorable))]
+        paths = [folder / numbered(f"{SAMPLER_NAME}.bin", index) for index in range(len(self._restorable))]
         loaders = [load_file(path) for path in paths if pending or path.exists()]  # the original saves none
         for state in loaders:
             check_state(state)
-        numbered = range(len(self._custom_objects))
-        custom = [load_file(folder / f"custom_checkpoint_{index}.pkl", **load_kwargs) for index in numbered]
+        indices = range(len(self._custom_objects))
+        custom = [load_file(folder / f"custom_checkpoint_{index}.pkl", **load_kwargs) for index in indices]
         path = folder / f"{RNG_STATE_NAME}_{self.process_index}.pkl"
         is_there = path.exists() or self.process_index < len(pending)
         generators = load_file(path) if is_there else None
@@ -268,7 +303,7 @@ class Checkpoints(Processes):
             folder = Path(input_dir)
         elif config.automatic_checkpoint_naming and config.project_dir is not None:
             base = Path(config.project_dir) / "checkpoints"
-            folders = _numbered_folders(base)
+            folders = numbered_folders(base)
             folder = folders[-1] if folders else base
         else:
             raise ArgumentError("input_dir", given=None, expected="a folder", fix="pass one, or name automatically")
@@ -301,7 +336,7 @@ class Checkpoints(Processes):
             raise PeerError(what, given=f"{wrong!r:.500}", expected="no error on any rank", fix="see what those say")
 
     def _gathered(self, state: Any) -> list[Any]:
-        if self.num_processes == 1:
+        if self.num_processes == 1 or self._is_alone:
             return [state]
         states: list[Any] = [None] * self.num_processes
         dist.all_gather_object(states, state)
@@ -322,32 +357,12 @@ class _Saved(NamedTuple):
 
 def _save_all(folder: Path, name: str, states: Iterable[Any]) -> None:
     for index, state in enumerate(states):
-        save_file(state, folder / _numbered(name, index))
-
-
-def _numbered(name: str, index: int) -> str:
-    stem, _, suffix = name.rpartition(".")
-    return name if index == 0 else f"{stem}_{index}.{suffix}"
-
-
-def _numbered_folders(base: Path) -> list[Path]:
-    found = [
-        (int(match[1]), path) for path in base.glob("*") if (match := re.fullmatch(r"checkpoint_(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def _by_rank(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """The files of all ranks; they end at the last that is there, so that one between that is missing is noticed."""
-    numbers = [
-        int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(rf"{stem}_(\d+)\.{suffix}", path.name))
-    ]
-    return [folder / f"{stem}_{rank}.{suffix}" for rank in range(max(numbers, default=-1) + 1)]
+        save_file(state, folder / numbered(name, index))
 
 
 def _read_weights(folder: Path, index: int) -> dict[str, Tensor]:
-    safe = folder / _numbered(SAFE_WEIGHTS_NAME, index)
-    return load_file(safe if safe.exists() else folder / _numbered(WEIGHTS_NAME, index))
+    safe = folder / numbered(SAFE_WEIGHTS_NAME, index)
+    return load_file(safe if safe.exists() else folder / numbered(WEIGHTS_NAME, index))
 
 
 def _load_weights(model: nn.Module, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -82,7 +82,10 @@ def wrap(model: nn.Module, device: torch.device, handler: Any) -> nn.Module:
 
 
 def replicate(model: nn.Module, device: torch.device) -> None:
-    """Make a model the same on all ranks, by the first one's example."""
+    """Make a model the same on all ranks, by the first one's example. Loops that accumulate by hand ask for `no_sync`,
+    which has nothing to do: gradients are exchanged when they are used."""
+    if not hasattr(model, "no_sync"):
+        model.no_sync = nullcontext  # pyright: ignore[reportArgumentType]
     Peers(None, device).broadcast([*model.parameters(), *model.buffers()], spares_equal=True)
 
 

@@ -23,12 +23,15 @@ from macrobatch.checkpoint import save_file
 from macrobatch.errors import ArgumentError, StateError
 
 __all__ = [
+    "by_rank",
     "check_optimizer",
     "check_pending",
     "check_random_states",
     "check_scheduler",
     "check_weights",
     "num_bytes",
+    "numbered",
+    "numbered_folders",
     "random_states",
     "save_weights",
     "set_random_states",
@@ -38,6 +41,31 @@ _GENERATORS = ("random_state", "numpy_random_seed", "torch_manual_seed", "torch_
 _WEIGHTS = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
+
+# --- names ---
+
+
+def numbered(name: str, index: int) -> str:
+    """A file's name, for the how-manieth object."""
+    stem, _, suffix = name.rpartition(".")
+    return name if index == 0 else f"{stem}_{index}.{suffix}"
+
+
+def numbered_folders(base: Path) -> list[Path]:
+    """Checkpoints named automatically, the oldest first."""
+    found = [
+        (int(match[1]), path) for path in base.glob("*") if (match := re.fullmatch(r"checkpoint_(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def by_rank(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """The files of all ranks; they end at the last that is there, so that one between that is missing is noticed."""
+    numbers = [
+        int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(rf"{stem}_(\d+)\.{suffix}", path.name))
+    ]
+    return [folder / f"{stem}_{rank}.{suffix}" for rank in range(max(numbers, default=-1) + 1)]
+
 
 # --- whether a state fits ---
 

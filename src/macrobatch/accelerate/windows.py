@@ -45,6 +45,9 @@ class FedWindow(Accumulation):
         self._world_size = world_size
         self._serial = self._serial_before = 0
         self._num_entries = 0
+        self.is_outside = False
+        """Whether the current window was begun by a backward that is in no micro-batch's block."""
+        self._accumulates_by_hand = False
         self._num_entries_before = 1.0
         """Micro-batches made of each row of the loader's batch before: more than one if the loop cuts it up."""
         super().__init__(
@@ -75,6 +78,7 @@ class FedWindow(Accumulation):
 
     def __enter__(self) -> FedWindow:
         self.take_batch()
+        self.is_outside = False
         self.window.size = self.state.num_steps
         is_last = self.enter(end_of_data=self.state.sync_with_dataloader and self._ends_here())
         self.state.show(is_last)
@@ -87,6 +91,17 @@ class FedWindow(Accumulation):
             self.leave()
         else:
             self.fail()
+
+    def finish(self) -> None:
+        """Make every `.grad` the window's gradient.
+
+        A loop that accumulates by hand, without blocks, multiplies its losses by N, as the original asks it to.
+        """
+        is_first_call = self.is_pending
+        self._accumulates_by_hand |= self.is_outside and self._num_backwards > 1
+        super().finish()
+        if is_first_call and self.is_outside and self._accumulates_by_hand and self.state.normalize != "constant":
+            self.gradients.scale_(1 / self.state.num_steps)
 
     def take_batch(self) -> None:
         """Notice which batch is at hand, and how often it has been used."""
@@ -114,7 +129,7 @@ class FedWindow(Accumulation):
     def _normalize(self) -> Normalize:
         normalize = self.state.normalize
         if normalize == "constant":
-            return Constant(self.window.size * self._world_size)
+            return Constant(self.window.size * (self._world_size if self.sync.has_peers else 1))
         return make_policy(normalize)
 
 

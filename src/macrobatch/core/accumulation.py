@@ -131,11 +131,7 @@ class Accumulation:
         self.leave()
 
     def enter(self, *, end_of_data: bool = False) -> bool:
-        """A micro-batch begins. True if it is the last of its window.
-
-        Raises:
-            WindowError: another one has not ended.
-        """
+        """A micro-batch begins. True if it is the last of its window. Raises WindowError if another has not ended."""
         if self.is_inside:
             raise WindowError(
                 "a micro-batch",
@@ -312,18 +308,21 @@ class Accumulation:
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window under way, gradients included, as tensors and plain values of this rank.
+        """The window under way, gradients included, as tensors and plain values of this rank. In a micro-batch, what
+        its end will leave; a window that was used ends with the call.
 
         Raises:
-            WindowError: in a micro-batch.
+            WindowError: the micro-batch's backward, or update, is still to come.
         """
-        if self.is_inside:
+        is_done = (self._is_applied or self.skip is not None) if self.is_last else self._num_backwards > 0
+        if self.is_inside and not is_done:
             raise WindowError(
                 "state_dict",
-                given="a call from within a micro-batch",
-                expected="one between two micro-batches",
-                fix="save after the block of the micro-batch",
+                given="a call from within a micro-batch whose backward or update is still to come",
+                expected="one at its end, or between two micro-batches",
+                fix="save after the optimizer's step, or after the block of the micro-batch",
             )
+        self.is_inside = self.is_inside and not self.is_final
         self.settle()
         pending = None
         if self._tally is not None and self.is_pending:
