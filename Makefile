@@ -12,10 +12,10 @@ export NO_MKDOCS_2_WARNING := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs clean
+.PHONY: help setup demo test check bench bench-all docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv with macrobatch and everything that the other targets need
 	@:
@@ -41,6 +41,9 @@ check: setup ## format, lint, types, documentation, architecture
 
 bench: setup ## measure what a step costs beyond its forward and backward
 	@$(BIN)/python benchmarks/overhead.py
+
+bench-all: setup ## run every benchmark that this machine can, peers beside, and report on the aims
+	@$(BIN)/python benchmarks/run.py
 
 docs: setup ## build the documentation into site/
 	@$(BIN)/python -m mkdocs build --strict --quiet

@@ -1,11 +1,12 @@
 """One GPU, micro-batches of a given size: what every door makes of launch-bound micro-steps.
 
     python benchmarks/doors.py                        # GPT-2 124M, ResNet-18, a small ViT, an MLP
-    python benchmarks/doors.py --work gpt124 --rounds 5
+    python benchmarks/doors.py --work gpt124 --seconds 2 --only Accelerate captured
     python benchmarks/doors.py --tiny --device cpu    # tiny models, only to see that everything runs
 
-Each contender runs the same windows with its own copy of the model; AdamW with learning rate 0. The norm of its
-gradient is compared with the hand loop's; the error is that of a small window's gradient against float64.
+Each contender runs the same windows with its own copy of the model; AdamW with learning rate 0. "given" contenders get
+the micro-batch that the work prescribes, "free" ones may choose. The error is that of the gradient which the optimizer
+gets in a window of two micro-batches, against the same micro-batches in float64 by plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import copy
 import gc
 import importlib
 import json
-import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,19 +25,21 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import grid, quartiles, save
-from models import GPT, gpt_124m
+from harness import Row, error_text, grid, quartiles, save
+from models import GPT, ResNet, TinyViT, gpt_124m, mlp
 from torch import Tensor, nn
 
 import macrobatch as mb
-from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
+from macrobatch.testing.reference import relative_error
+
+Batch = tuple[Tensor, ...]
 
 
 class Work(NamedTuple):
     """A model, a window of it, and how many samples a micro-batch is given."""
 
     make: Callable[[], nn.Module]
-    batch: Callable[[int, torch.device], tuple[Tensor, ...]]
+    batch: Callable[[int, torch.device], Batch]
     window: int
     micro_batch: int
     free: int
@@ -50,27 +53,42 @@ def main() -> None:
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results: dict[str, Any] = {}
-    known = (options.out or Path(__file__).parent / "results") / f"doors-{device.type}.json"
+    name = f"doors-{device.type}{'-tiny' if options.tiny else ''}"
+    known = (options.out or Path(__file__).parent / "results") / f"{name}.json"
     if known.exists() and not options.tiny:
         results |= json.loads(known.read_text(encoding="utf-8"))["results"]
-    for name in options.work:
-        results[name] = measure(works(options.tiny)[name], device, options)
-        rows = [
-            [row["name"], row.get("problem") or f"{row['rate'][1]:.0f} [{row['rate'][0]:.0f}, {row['rate'][2]:.0f}]"]
-            + ([] if "problem" in row else [f"{row['gib']:.2f}", f"{row['norm_error']:.0e}", f"{row['error']:.1e}"])
-            for row in results[name]
-        ]
-        rows = [[*row, *[""] * (5 - len(row))] for row in rows]
-        unit = works(options.tiny)[name].unit
-        print(grid(name, ["", f"{unit}/s", "GiB", "norm vs hand", "error vs fp64"], rows), flush=True)
-        save(f"doors-{device.type}", {"results": results}, options.out)  # after each, in case the next one ends badly
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    for each in options.work:
+        work = works(options.tiny)[each]
+        results[each] = rows = []
+        for row in measure(work, device, options):
+            rows.append(row)
+            print(f"{each}: {'  '.join(_cells(row))}", flush=True)
+            panels = {f"{key}, {works(options.tiny)[key].unit}/s": _bars(found) for key, found in results.items()}
+            # After each, in case the next one ends badly.
+            save(name, {"settings": settings, "results": results}, options.out, title="One GPU", panels=panels)
+        print(
+            grid(each, ["", f"{work.unit}/s", "x", "GiB", "error vs fp64"], [_cells(row) for row in rows]), flush=True
+        )
+
+
+def _cells(row: Row) -> list[str]:
+    if "problem" in row:
+        return [row["name"], row["problem"][:60], "", "", ""]
+    low, middle, high = row["rate"]
+    beside = f"{row['beside']:.2f}" if "beside" in row else ""
+    return [row["name"], f"{middle:.0f} [{low:.0f}, {high:.0f}]", beside, f"{row['gib']:.2f}", f"{row['error']:.1e}"]
+
+
+def _bars(rows: list[Row]) -> dict[str, Any]:
+    return {row["name"]: row["rate"] for row in rows if "problem" not in row}
 
 
 def works(tiny: bool) -> dict[str, Work]:
-    def tokens(num: int, device: torch.device, *, length: int, vocabulary: int) -> tuple[Tensor, ...]:
+    def tokens(num: int, device: torch.device, *, length: int, vocabulary: int) -> Batch:
         return (torch.randint(0, vocabulary, (num, length + 1), device=device),)
 
-    def images(num: int, device: torch.device) -> tuple[Tensor, ...]:
+    def images(num: int, device: torch.device) -> Batch:
         return torch.randn(num, 3, 32, 32, device=device), torch.randint(0, 10, (num,), device=device)
 
     if tiny:
@@ -79,152 +97,222 @@ def works(tiny: bool) -> dict[str, Work]:
         return {
             "gpt124": Work(gpt, ids, 8, 2, 4, 16, "tokens", "bf16"),
             "resnet18": Work(partial(ResNet, (8, 16)), images, 8, 2, 8, 1, "images", "fp32"),
-            "vit": Work(partial(ViT, 16, 1), images, 8, 2, 8, 1, "images", "fp32"),
+            "vit": Work(partial(TinyViT, 16, 2, 1), images, 8, 2, 8, 1, "images", "fp32"),
             "mlp": Work(partial(mlp, 16), images, 8, 2, 8, 1, "images", "fp32"),
         }
     ids = partial(tokens, length=1024, vocabulary=50304)
     return {
         "gpt124": Work(gpt_124m, ids, 64, 2, 16, 1024, "tokens", "bf16"),
         "resnet18": Work(partial(ResNet, (64, 128, 256, 512)), images, 256, 8, 256, 1, "images", "fp32"),
-        "vit": Work(partial(ViT, 192, 6), images, 256, 8, 256, 1, "images", "fp32"),
+        "vit": Work(partial(TinyViT, 128, 4, 6), images, 256, 8, 256, 1, "images", "fp32"),
         "mlp": Work(partial(mlp, 512), images, 256, 8, 256, 1, "images", "fp32"),
     }
 
 
-def loss_of(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+def loss_of(model: Any, batch: Batch) -> Tensor:
     """A mean over the batch: GPT computes its own."""
     return model(*batch) if len(batch) == 1 else F.cross_entropy(model(batch[0]).float(), batch[1])
 
 
-# --- contenders: each returns a function that runs one window, and the model ---
+# --- contenders: each returns a function that runs one window of any number of micro-batches, and the optimizer ---
 
-Made = tuple[Callable[[], object], nn.Module]
+Made = tuple[Callable[[Batch], object], torch.optim.Optimizer]
+Build = Callable[[nn.Module, torch.device], Made]
 
 
-def contenders(work: Work) -> Iterator[tuple[str, Callable[[nn.Module, tuple[Tensor, ...]], Made]]]:
-    given = work.micro_batch
-    yield "hand loop", partial(hand, work, given)
-    yield "Accelerate", partial(accelerate, work, given, "accelerate", {})
-    yield "Accelerate, inductor", partial(accelerate, work, given, "accelerate", {"backend": "inductor"})
-    yield "Lightning Fabric", partial(fabric, work, given)
-    yield "accelerate door", partial(accelerate, work, given, "macrobatch.accelerate", {})
+class Contender(NamedTuple):
+    name: str
+    size: int
+    """Of its micro-batches; for "auto", of those that its error is measured on."""
+    build: Build
+
+
+def contenders(work: Work) -> Iterator[Contender]:
+    """The most telling ones first: time may be short."""
+    given, free = work.micro_batch, work.free
     captured = {"backend": "inductor", "mode": "reduce-overhead"}
-    yield "accelerate door, captured", partial(accelerate, work, given, "macrobatch.accelerate", captured)
-    yield "TrainStep", partial(train_step, work, given, None)
-    yield "TrainStep, captured", partial(train_step, work, given, "compile")
-    yield f"TrainStep, captured, {work.free} a micro-batch", partial(train_step, work, work.free, "compile")
+    ours = "macrobatch.accelerate"
+    yield Contender("hand loop", given, partial(hand, work, given))
+    yield Contender("Accelerate", given, partial(accelerate, work, given, "accelerate", {}))
+    yield Contender("Lightning Fabric", given, partial(fabric, work, given))
+    yield Contender("macrobatch, accelerate door, captured", given, partial(accelerate, work, given, ours, captured))
+    for capture in ("graph", "compile"):
+        yield Contender(f"TrainStep, {capture}", given, partial(train_step, work, given, capture))
+    for capture in ("graph", "compile"):
+        yield Contender(f"TrainStep, {capture}, free: {free}", free, partial(train_step, work, free, capture))
+    yield Contender("TrainStep, auto, free: auto", free, partial(train_step, work, "auto", "auto"))
+    yield Contender("macrobatch, accelerate door", given, partial(accelerate, work, given, ours, {}))
+    yield Contender("TrainStep", given, partial(train_step, work, given, None))
+    yield Contender("hand loop, compiled", given, partial(hand, work, given, is_compiled=True))
+    yield Contender(f"hand loop, free: {free}", free, partial(hand, work, free))
+    yield Contender(
+        "Accelerate, inductor", given, partial(accelerate, work, given, "accelerate", {"backend": "inductor"})
+    )
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
 
-def cut(batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
+def cut(batch: Batch, size: int) -> list[Batch]:
     return list(zip(*(tensor.split(size) for tensor in batch), strict=True))
 
 
-def hand(work: Work, size: int, model: nn.Module, batch: tuple[Tensor, ...]) -> Made:
-    optimizer, parts = adamw(model), cut(batch, size)
+def hand(work: Work, size: int, model: nn.Module, device: torch.device, *, is_compiled: bool = False) -> Made:
+    optimizer = adamw(model)
+    forward = torch.compile(model, dynamic=False) if is_compiled else model
 
-    def update() -> None:
-        optimizer.zero_grad()
+    def run(batch: Batch) -> None:
+        parts = cut(batch, size)
         for part in parts:
-            with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=work.precision == "bf16"):
-                loss = loss_of(model, part) / len(parts)
+            with torch.autocast(device.type, torch.bfloat16, enabled=work.precision == "bf16"):
+                loss = loss_of(forward, part) / len(parts)
             loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
-    return update, model
+    return run, optimizer
 
 
 def accelerate(
-    work: Work, size: int, package: str, dynamo: dict[str, str], model: nn.Module, batch: tuple[Tensor, ...]
+    work: Work, size: int, package: str, dynamo: dict[str, str], model: nn.Module, device: torch.device
 ) -> Made:
     door = importlib.import_module(package)
     state = importlib.import_module(f"{package}.state")
     for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
         kind._reset_state()
     plugin = importlib.import_module(f"{package}.utils").TorchDynamoPlugin(**dynamo) if dynamo else None
-    parts = cut(batch, size)
     accelerator = door.Accelerator(
-        gradient_accumulation_steps=len(parts),
+        gradient_accumulation_steps=work.window // size,
         mixed_precision="bf16" if work.precision == "bf16" else "no",
-        cpu=batch[0].device.type == "cpu",
+        cpu=device.type == "cpu",
         dynamo_plugin=plugin,
     )
-    prepared, optimizer = accelerator.prepare(model, adamw(model))
+    bare = adamw(model)
+    prepared, optimizer = accelerator.prepare(model, bare)
 
-    def update() -> None:
+    def run(batch: Batch) -> None:
+        parts = cut(batch, size)
+        accelerator.gradient_accumulation_steps = len(parts)
         for part in parts:
             with accelerator.accumulate(prepared):
                 accelerator.backward(loss_of(prepared, part))
                 optimizer.step()
-                if package == "accelerate":
-                    optimizer.zero_grad()
+                optimizer.zero_grad()
 
-    return update, model
+    return run, bare
 
 
-def fabric(work: Work, size: int, model: nn.Module, batch: tuple[Tensor, ...]) -> Made:
-    from lightning.fabric import Fabric
+def fabric(work: Work, size: int, model: nn.Module, device: torch.device) -> Made:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning.fabric import Fabric
 
-    precision = "bf16-mixed" if work.precision == "bf16" else "32-true"
-    runner = Fabric(accelerator=batch[0].device.type, devices=1, precision=precision)
-    prepared, optimizer = runner.setup(model, adamw(model))
-    parts = cut(batch, size)
+        precision = "bf16-mixed" if work.precision == "bf16" else "32-true"
+        runner = Fabric(accelerator=device.type, devices=1, precision=precision)
+        bare = adamw(model)
+        prepared, optimizer = runner.setup(model, bare)
 
-    def update() -> None:
-        optimizer.zero_grad()
+    def run(batch: Batch) -> None:
+        parts = cut(batch, size)
         for index, part in enumerate(parts):
             with runner.no_backward_sync(prepared, enabled=index < len(parts) - 1):
                 runner.backward(loss_of(prepared, part) / len(parts))
         optimizer.step()
+        optimizer.zero_grad()
 
-    return update, model
+    return run, bare
 
 
-def train_step(work: Work, size: int, capture: str | None, model: nn.Module, batch: tuple[Tensor, ...]) -> Made:
+def train_step(work: Work, size: Any, capture: Any, model: nn.Module, device: torch.device) -> Made:
+    optimizer = adamw(model)
     step = mb.TrainStep(
-        model, adamw(model), loss_of, micro_batch=size, precision=work.precision, capture=capture, nonfinite="ignore"
+        model, optimizer, loss_of, micro_batch=size, precision=work.precision, capture=capture, nonfinite="ignore"
     )
-    return lambda: step(batch), model
+    return step, optimizer
 
 
 # --- measuring ---
 
 
-def measure(work: Work, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(work: Work, device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
     torch.manual_seed(0)
     with device:
         model = work.make()
     batch = work.batch(work.window, device)
-    rows: list[dict[str, Any]] = []
-    wanted = [(n, b) for n, b in contenders(work) if not options.only or any(word in n for word in options.only)]
-    for name, build in wanted:
+    references: dict[int, tuple[Batch, dict[str, Tensor | None]]] = {}
+    base: float | None = None
+    began_s = time.monotonic()
+    for contender in contenders(work):
+        if options.only and not any(word in contender.name for word in options.only):
+            continue
+        if time.monotonic() - began_s > options.budget:
+            yield {"name": contender.name, "problem": "not run: out of time"}
+            continue
         try:
-            row = _timed(name, build, model, batch, work, options.seconds)
+            if contender.size not in references:
+                few = work.batch(2 * contender.size, device)
+                references[contender.size] = few, fp64_gradient(model, loss_of, cut(few, contender.size))
+            row = _timed(contender, copy.deepcopy(model), batch, *references[contender.size], work, options.seconds)
+            base = base or row["rate"][1]
+            yield {**row, "beside": row["rate"][1] / base}
         except Exception as error:  # a contender that fails is a result, too
-            row = {"name": name, "problem": f"{type(error).__name__}: {str(error)[:60]}"}
-        rows.append(row)
-        if "norm" in row and "norm" in rows[0]:
-            row["norm_error"] = abs(row["norm"] / rows[0]["norm"] - 1)
+            yield {"name": contender.name, "problem": error_text(error)}
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
+
+
+def fp64_gradient(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], parts: list[Any]
+) -> dict[str, Tensor | None]:
+    """The mean gradient of equal micro-batches in float64, by plain PyTorch."""
+    model = copy.deepcopy(model).double()
+    for part in parts:
+        tensors = part if isinstance(part, tuple) else (part,)
+        wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors)
+        (loss_fn(model, wide if isinstance(part, tuple) else wide[0]) / len(parts)).backward()
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+def gradient(run: Callable[[], object], optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor | None]:
+    """What the optimizer gets in a window."""
+    seen: dict[str, Tensor | None] = {}
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        found = (None if param.grad is None else param.grad.detach().clone() for param in params)
+        seen.update(zip(names, found, strict=True))
+
+    handle = optimizer.register_step_pre_hook(note)
+    run()
+    handle.remove()
+    return seen
 
 
 def _timed(
-    name: str, build: Any, model: nn.Module, batch: tuple[Tensor, ...], work: Work, seconds: float
-) -> dict[str, Any]:
-    is_cuda = batch[0].device.type == "cuda"
-    update, own = build(copy.deepcopy(model), batch)
-    for _ in range(3):
-        update()
-    squares = [float(p.grad.double().square().sum()) for p in own.parameters() if p.grad is not None]
-    norm = math.sqrt(sum(squares)) if squares else math.nan  # cleared by the contender itself
+    contender: Contender,
+    model: nn.Module,
+    batch: Batch,
+    few: Batch,
+    reference: dict[str, Tensor | None],
+    work: Work,
+    seconds: float,
+) -> Row:
+    device = batch[0].device
+    is_cuda = device.type == "cuda"
+    names = [name for name, _ in model.named_parameters()]
+    began = time.perf_counter()
+    run, optimizer = contender.build(model, device)
+    run(batch)
+    error = float("nan")
+    for _ in range(2):  # what is captured has been recorded after these
+        error = relative_error(gradient(partial(run, few), optimizer, names), reference)
+    run(batch)
+    start_s = time.perf_counter() - began
     if is_cuda:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     began = time.perf_counter()
@@ -232,96 +320,31 @@ def _timed(
         if is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        update()
+        run(batch)
         if is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     units = work.window * work.units_per_sample
-    gib = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0
-    error = _error(build, work, batch[0].device)
-    return {"name": name, "rate": quartiles([units / t for t in times]), "gib": gib, "norm": norm, "error": error}
-
-
-def _error(build: Any, work: Work, device: torch.device) -> float:
-    """Of a window of a few samples, against float64."""
-    torch.manual_seed(1)
-    with device:
-        small = GPT(64, 2, 2, vocabulary=97, length=16) if work.unit == "tokens" else work.make()
-    num = work.micro_batch * 2
-    if work.unit == "tokens":
-        batch: tuple[Tensor, ...] = (torch.randint(0, 97, (num, 17), device=device),)
-    else:
-        batch = work.batch(num, device)
-    reference = full_batch_gradient(small, loss_of, batch)
-    update, own = build(small, batch)
-    update()
-    grads = gradients_of(own)
-    if all(gradient is None for gradient in grads.values()):
-        return math.nan
-    return relative_error(grads, reference)
-
-
-# --- models ---
-
-
-class Residual(nn.Module):
-    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False),
-            nn.GroupNorm(8, num_out),
-            nn.ReLU(),
-            nn.Conv2d(num_out, num_out, 3, 1, 1, bias=False),
-            nn.GroupNorm(8, num_out),
-        )
-        same = stride == 1 and num_in == num_out
-        self.shortcut = nn.Identity() if same else nn.Conv2d(num_in, num_out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-class ResNet(nn.Sequential):
-    """ResNet-18's blocks with group normalisation, which does not couple samples."""
-
-    def __init__(self, widths: tuple[int, ...]) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 1, 1), nn.ReLU()]
-        before = widths[0]
-        for width in widths:
-            layers += [Residual(before, width, 1 if width == widths[0] else 2), Residual(width, width, 1)]
-            before = width
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
-
-
-class ViT(nn.Module):
-    """A small vision transformer on 4 x 4 patches."""
-
-    def __init__(self, width: int, num_layers: int) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(torch.randn(1, 64, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, 2, 4 * width, 0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2) + self.position).mean(1))
-
-
-def mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
+    return {
+        "name": contender.name,
+        "micro_batch": contender.size,
+        "rate": quartiles([units / t for t in times]),
+        "num_timed": len(times),
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
+        "start_s": round(start_s, 1),
+        "error": error,
+    }
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", nargs="+", default=["gpt124", "resnet18", "vit", "mlp"])
-    parser.add_argument("--only", nargs="+", help="contenders with one of these words")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing per contender")
-    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder for the JSON instead of benchmarks/results")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="contenders with one of these words")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per contender")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which a work starts no contender")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tiny", action="store_true", help="tiny models and windows, only to see that everything runs")
+    parser.add_argument("--out", type=Path, help="folder for JSON and picture instead of benchmarks/results")
     return parser.parse_args()
 
 

@@ -16,7 +16,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["Panels", "Quartiles", "Row", "grid", "machine", "paired", "quartiles", "save", "table"]
+__all__ = [
+    "Panels",
+    "Quartiles",
+    "Row",
+    "error_text",
+    "grid",
+    "in_turns",
+    "machine",
+    "paired",
+    "quartiles",
+    "save",
+    "table",
+]
 
 Row = dict[str, Any]
 Quartiles = tuple[float, float, float]
@@ -63,10 +75,44 @@ def paired(
     return rows
 
 
-def quartiles(values: Sequence[float]) -> Quartiles:
+def in_turns(contenders: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 5) -> list[Row]:
+    """Time single calls, in turns of random order, for some time; warm-up is the caller's.
+
+    Returns:
+        One row per contender: quartiles of the seconds of a call, "s", and of the ratio to the first one's, "ratio".
+    """
+    names = list(contenders)
+    times_s: dict[str, list[float]] = {name: [] for name in names}
+    shuffle = random.Random(0)
+    began_s = time.perf_counter()
+    while time.perf_counter() - began_s < seconds or len(times_s[names[-1]]) < least:
+        for name in shuffle.sample(names, len(names)):
+            _wait()
+            start_s = time.perf_counter()
+            contenders[name]()
+            _wait()
+            times_s[name].append(time.perf_counter() - start_s)
+    base_s = times_s[names[0]]
+    return [
+        {
+            "name": name,
+            "num_timed": len(times_s[name]),
+            "s": quartiles(times_s[name], digits=7),
+            "ratio": quartiles([mine / base for mine, base in zip(times_s[name], base_s, strict=True)]),
+        }
+        for name in names
+    ]
+
+
+def error_text(error: BaseException) -> str:
+    """An error in a few words."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def quartiles(values: Sequence[float], *, digits: int = 4) -> Quartiles:
     """Lower quartile, median and upper quartile of at least two values."""
     low, middle, high = statistics.quantiles(values, n=4)
-    return round(low, 4), round(middle, 4), round(high, 4)
+    return round(low, digits), round(middle, digits), round(high, digits)
 
 
 def table(title: str, rows: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GPT", "gpt_1b", "gpt_124m", "gpt_tiny", "mlp_tiny"]
+__all__ = ["GPT", "ResNet", "TinyViT", "gpt_1b", "gpt_124m", "gpt_tiny", "mlp", "mlp_tiny"]
 
 VOCABULARY = 50304
 LENGTH = 1024
@@ -94,3 +94,56 @@ def gpt_tiny() -> GPT:
 def mlp_tiny() -> nn.Sequential:
     """So little work that hardly anything but overhead is left: 16 features, 4 classes."""
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+class Residual(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(num_out),
+            nn.ReLU(),
+            nn.Conv2d(num_out, num_out, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(num_out),
+        )
+        same = stride == 1 and num_in == num_out
+        self.shortcut: nn.Module = nn.Identity()
+        if not same:
+            self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet(nn.Sequential):
+    """A ResNet-18 for images of 32 x 32, if it has four widths. Its batch normalisation sees micro-batches."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        before = widths[0]
+        layers: list[nn.Module] = [nn.Conv2d(3, before, 3, 1, 1, bias=False), nn.BatchNorm2d(before), nn.ReLU()]
+        for width in widths:
+            layers += [Residual(before, width, 1 if width == widths[0] else 2), Residual(width, width, 1)]
+            before = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+
+
+class TinyViT(nn.Module):
+    """Blocks over the 64 patches of an image of 32 x 32."""
+
+    def __init__(self, width: int, num_heads: int, num_layers: int) -> None:
+        super().__init__()
+        self.patches = nn.Linear(48, width)
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(num_layers)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patches(images.view(-1, 64, 48))).mean(1))
+
+
+def mlp(width: int) -> nn.Sequential:
+    """A perceptron over images of 3 x 32 x 32."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+    )
