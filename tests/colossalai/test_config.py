@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from macrobatch.colossalai.amp import AMP_TYPE, make_precision
+from macrobatch.colossalai.amp import AMP_TYPE
+from macrobatch.colossalai.amp.precision import make_precision
 from macrobatch.colossalai.context import Config, ConfigException, ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
-from macrobatch.colossalai.gradient_handler import BaseGradientHandler, build_gradient_handlers
+from macrobatch.colossalai.engine.gradient_handler import BaseGradientHandler, build_gradient_handlers
 from macrobatch.colossalai.keys import check_config, hidden_features
 from macrobatch.colossalai.registry import GRADIENT_HANDLER, Registry
 from macrobatch.core.precision import Fp16

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from macrobatch.colossalai.amp import make_precision
+from macrobatch.colossalai.amp.precision import make_precision
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.engine.engine import Engine
 from macrobatch.colossalai.engine.gradient_accumulation import (
@@ -19,10 +19,10 @@ from macrobatch.colossalai.engine.gradient_accumulation import (
     GradAccumLrSchedulerByStep,
     GradAccumOptimizer,
 )
-from macrobatch.colossalai.gradient_handler import build_gradient_handlers
+from macrobatch.colossalai.engine.gradient_handler import build_gradient_handlers
 from macrobatch.colossalai.keys import check_config
 from macrobatch.colossalai.logging import get_dist_logger
-from macrobatch.colossalai.utils.device import get_current_device
+from macrobatch.colossalai.utils.cuda import get_current_device
 from macrobatch.core.precision import Precision
 from macrobatch.core.window import Tail
 from macrobatch.errors import ArgumentError

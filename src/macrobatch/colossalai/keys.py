@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from macrobatch.colossalai.amp import checked_mode
+from macrobatch.colossalai.amp.precision import checked_mode
 from macrobatch.colossalai.context.config import ConfigException
 
 __all__ = ["FEATURES", "check_config", "hidden_features"]

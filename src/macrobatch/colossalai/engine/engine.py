@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from macrobatch.colossalai.engine.gradient_accumulation import GradAccumOptimizer, samples_of
+from macrobatch.colossalai.engine.ophooks import BaseOpHook, OpHooks
 from macrobatch.colossalai.engine.schedule import NonPipelineSchedule
-from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.core.precision import Precision
 from macrobatch.errors import ArgumentError
 from macrobatch.tree import map_tensors
@@ -36,11 +37,11 @@ class Engine:
         criterion: of outputs and labels; a mean over the batch.
         gradient_handlers: called once per window, before clipping.
         clip_grad_norm: largest 2-norm of a window's gradient; 0 does not clip.
-        ophook_list: objects whose `post_iter()` is called after every backward.
+        ophook_list: called around the forward and backward of every module, see `BaseOpHook`.
         schedule: what `execute_schedule` does.
 
     Raises:
-        ArgumentError: clip_grad_norm is negative or no number.
+        ArgumentError: clip_grad_norm is negative or no number, or a hook is no BaseOpHook.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Engine:
         criterion: Any = None,
         gradient_handlers: Sequence[Any] | None = None,
         clip_grad_norm: float = 0.0,
-        ophook_list: Sequence[Any] | None = None,
+        ophook_list: Sequence[BaseOpHook] | None = None,
         verbose: bool = True,
         schedule: Any = None,
     ) -> None:
@@ -66,10 +67,8 @@ class Engine:
         )
         self._gradient_handlers = list(gradient_handlers or ())
         self._clip_grad_norm = float(limit)
-        self._ophooks = list(ophook_list or ())
+        self._ophooks = OpHooks(model, ophook_list or ())
         self._schedule = NonPipelineSchedule() if schedule is None else schedule
-        self._logger = get_dist_logger()
-        self._verbose = verbose
         self.training = True
         self.grad_norm: Tensor | None = None
         """Norm of the last update's gradient before clipping, 0-d, if it was clipped."""
@@ -95,9 +94,9 @@ class Engine:
         return self._schedule
 
     @property
-    def ophooks(self) -> list[Any]:
-        """Called after every backward."""
-        return self._ophooks
+    def ophooks(self) -> list[BaseOpHook]:
+        """Called around the forward and backward of every module."""
+        return self._ophooks.active
 
     @property
     def uses_pipeline(self) -> bool:
@@ -119,16 +118,17 @@ class Engine:
     def _precision(self) -> Precision:
         return self._optimizer.accumulation.precision
 
-    def add_hook(self, ophook: Any) -> None:
-        """Call an object's `post_iter()` after every backward, once, however often it is added."""
-        if any(type(ophook) is type(known) for known in self._ophooks):
-            self._logger.warning(f"duplicate hooks, at least two instances of {type(ophook).__name__}")
-            return
-        self._ophooks.append(ophook)
+    def add_hook(self, ophook: BaseOpHook) -> None:
+        """Call a hook around every module's forward and backward.
 
-    def remove_hook(self, ophook: Any) -> None:
+        Raises:
+            ArgumentError: it is no BaseOpHook.
+        """
+        self._ophooks.add(ophook)
+
+    def remove_hook(self, ophook: BaseOpHook) -> None:
         """Take it away again."""
-        self._ophooks = [known for known in self._ophooks if known is not ophook]
+        self._ophooks.remove(ophook)
 
     def zero_grad(self) -> None:
         """A micro-iteration begins. Gradients are cleared when a window does."""
@@ -136,7 +136,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in float32."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self._optimizer.begin()
             if self._optimizer.num_samples is None:
                 self._optimizer.num_samples = samples_of(args)
@@ -147,16 +147,12 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add a loss's gradient to the window."""
         self._optimizer.backward(loss)
-        self._after_backward()
+        self._ophooks.post_iter()
 
     def backward_by_grad(self, tensor: Tensor, grad: Tensor) -> None:
         """Add the gradient of the loss whose gradient with respect to `tensor` is `grad`."""
         self._optimizer.backward_by_grad(tensor, grad)
-        self._after_backward()
-
-    def _after_backward(self) -> None:
-        for ophook in self._ophooks:
-            ophook.post_iter()
+        self._ophooks.post_iter()
 
     def step(self) -> Any:
         """The micro-iteration is over; after the last one of a window: handlers, clipping, optimizer.
@@ -177,12 +173,12 @@ class Engine:
 
     def train(self) -> None:
         """Training mode."""
-        self.training = True
+        self.training = self._optimizer.is_training = True
         self._model.train()
 
     def eval(self) -> None:
         """Evaluation mode."""
-        self.training = False
+        self.training = self._optimizer.is_training = False
         self._model.eval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,12 +186,13 @@ class Engine:
         return self._optimizer.accumulation.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on with a saved window.
+        """Go on with a saved window. The next pass over a loader continues it: skip the batches that it has seen.
 
         Raises:
             StateError: it does not fit.
         """
         self._optimizer.accumulation.load_state_dict(state_dict)
+        self._optimizer.is_resumed = True
 
 
 def _in_float32(tensor: Tensor) -> Tensor:

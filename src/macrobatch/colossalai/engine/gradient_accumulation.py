@@ -62,6 +62,10 @@ class GradAccumOptimizer(Optimizer):
         """Of the batch at hand: what its loss is a mean over; None if nobody has told."""
         self.is_end_of_data = False
         """Whether the batch at hand is the last one."""
+        self.is_training = True
+        """Whether passes over a loader are for training: others leave the window alone."""
+        self.is_resumed = False
+        """Whether the next pass over a loader goes on with the window under way, instead of giving it up."""
         self.has_updated = False
         """Whether the last micro-iteration ended in an update."""
         self.num_iterations = 0
@@ -146,11 +150,17 @@ class GradAccumOptimizer(Optimizer):
             raise
         accumulation.leave()
         self.num_iterations += 1
-        self.num_samples, self.is_end_of_data = None, False
+        self.num_samples = None
         return result
 
+    def start_pass(self) -> None:
+        """A pass over the data begins. A window that a `break` has left behind is given up, a resumed one is not."""
+        if not self.is_resumed:
+            self.discard()
+        self.is_resumed = False
+
     def discard(self) -> None:
-        """Give up the window under way, as when a new pass over the data begins after a `break`."""
+        """Give up the window under way."""
         if self.accumulation.is_inside:
             self.accumulation.fail()
         self.accumulation.settle()
@@ -171,10 +181,12 @@ class GradAccumOptimizer(Optimizer):
 
 
 class GradAccumDataloader:
-    """A loader that tells the window which batch is its last, and how many samples each has.
+    """A loader that tells windows which batch is its last, and how many samples each has.
+
+    A pass over it while the engine evaluates is one over the wrapped loader, and nothing else.
 
     Args:
-        dataloader: any iterable of batches.
+        dataloader: any iterable of batches. One of this class is shared: it tells its own optimizers and this one.
         accumulate_size: micro-iterations of a full window.
         optimizer: whose window it feeds.
         tail: what becomes of the last batches, if they do not fill a window: "apply" them as a short one, with its
@@ -190,10 +202,13 @@ class GradAccumDataloader:
     ) -> None:
         if tail not in ("apply", "drop"):
             raise ArgumentError("tail", given=tail, expected='"apply" or "drop"', fix='leave it at "apply"')
+        self._optimizers = [] if optimizer is None else [optimizer]
+        if isinstance(dataloader, GradAccumDataloader):
+            self._optimizers += dataloader._optimizers
+            dataloader = dataloader.dataloader
         self.dataloader = dataloader
         self.accumulate_size = Window(accumulate_size).size
         self.tail = tail
-        self._optimizer = optimizer
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataloader":
@@ -210,41 +225,47 @@ class GradAccumDataloader:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        if self._optimizer is not None:
-            self._optimizer.discard()
-        if self.tail == "drop":
-            yield from self._full_windows()
+        told = [optimizer for optimizer in self._optimizers if optimizer.is_training]
+        if self._optimizers and not told:
+            yield from self.dataloader
             return
+        for optimizer in told:
+            optimizer.start_pass()
+        batches = self._full_windows() if self.tail == "drop" else self._with_end()
+        try:
+            for batch, is_last in batches:
+                for optimizer in told:
+                    optimizer.num_samples, optimizer.is_end_of_data = samples_of(batch), is_last
+                yield batch
+        finally:
+            for optimizer in told:
+                optimizer.is_end_of_data = False
+
+    def _with_end(self) -> Iterator[tuple[Any, bool]]:
         batches = iter(self.dataloader)
         try:
             current = next(batches)
         except StopIteration:
             return
         for following in batches:
-            yield self._at_hand(current, is_last=False)
+            yield current, False
             current = following
-        yield self._at_hand(current, is_last=True)
+        yield current, True
 
-    def _full_windows(self) -> Iterator[Any]:
+    def _full_windows(self) -> Iterator[tuple[Any, bool]]:
         held: list[Any] = []
         for batch in self.dataloader:
             held.append(batch)
             if len(held) == self.accumulate_size:
-                yield from (self._at_hand(each, is_last=False) for each in held)
+                yield from ((each, False) for each in held)
                 held = []
-
-    def _at_hand(self, batch: Any, *, is_last: bool) -> Any:
-        if self._optimizer is not None:
-            self._optimizer.num_samples = samples_of(batch)
-            self._optimizer.is_end_of_data = is_last
-        return batch
 
 
 class GradAccumLrSchedulerByStep:
     """A scheduler that moves with updates if it is stepped in every micro-iteration, and else with every call.
 
-    A call after at most one micro-iteration since the call before is one of a loop over batches: it counts if that
-    micro-iteration made an update. A call after more of them is one of a loop over epochs, and counts as it is.
+    A call after one micro-iteration since the call before is one of a loop over batches: it counts if that
+    micro-iteration made an update. A call after several, or none, is one of a loop over epochs, and counts as it is.
     """
 
     def __init__(self, lr_scheduler: Any, accumulate_size: int, optimizer: GradAccumOptimizer | None = None) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from macrobatch import tree
 from macrobatch.colossalai.engine.gradient_accumulation import samples_of
-from macrobatch.colossalai.utils.device import get_current_device
-from macrobatch.errors import BatchError
+from macrobatch.colossalai.utils.cuda import get_current_device
+from macrobatch.errors import ArgumentError, BatchError
 
 __all__ = ["BaseSchedule", "NonPipelineSchedule"]
 
@@ -62,15 +62,30 @@ class NonPipelineSchedule(BaseSchedule):
         """Output, label and loss of the next batch; None for what is not asked for.
 
         Args:
-            forward_only: no backward; the engine has to be evaluating.
+            forward_only: no backward, and no part of a micro-iteration.
+
+        Raises:
+            ArgumentError: a loss is asked for, but the engine has no criterion; or a backward without a loss.
+            BatchError: the batch is not a pair of data and label.
         """
+        if return_loss and engine.criterion is None:
+            raise ArgumentError(
+                "the schedule",
+                given="an engine without a criterion",
+                expected="one, for the loss",
+                fix="pass initialize(..., criterion=...); a model that returns its loss takes lambda loss, label: loss",
+            )
+        if not (forward_only or return_loss):
+            raise ArgumentError(
+                "the schedule", given="return_loss=False", expected="a loss to train on", fix="leave return_loss out"
+            )
         data, label = self.load_batch(data_iter)
         if not forward_only:
             engine.optimizer.num_samples = self.batch_size
         with torch.set_grad_enabled(not forward_only and torch.is_grad_enabled()):
             output = _called(engine, data)
             loss = _criterion(engine, output, label) if return_loss else None
-        if not forward_only and loss is not None:
+        if loss is not None and not forward_only:
             engine.backward(loss)
         return (output, label, loss) if return_output_label else (None, None, loss)
 

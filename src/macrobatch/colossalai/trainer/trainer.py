@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from macrobatch.colossalai.engine.gradient_accumulation import GradAccumDataloader
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
 from macrobatch.colossalai.utils.common import is_dp_rank_0
-from macrobatch.colossalai.utils.device import get_current_device
+from macrobatch.colossalai.utils.cuda import get_current_device
 from macrobatch.errors import ArgumentError
 from macrobatch.tree import to_device
 
@@ -25,11 +26,12 @@ class Trainer:
     Args:
         engine: what is trained.
         timer: a `MultiTimer`, for hooks that report times.
-        logger: for one line at the end.
+        logger: says so where `max_steps` end a training.
 
     Attributes:
         cur_epoch: epochs so far; set it to go on with a later one.
-        cur_step: micro-iterations so far. `engine.num_updates` counts updates.
+        cur_step: micro-iterations so far, those of the epochs before a `cur_epoch` that was set among them.
+            `engine.num_updates` counts updates.
         states: what hooks keep, metrics among it.
     """
 
@@ -64,9 +66,9 @@ class Trainer:
         """Train until `epochs` are reached, or `max_steps`.
 
         Args:
-            train_dataloader: the one that `initialize` returned.
+            train_dataloader: any loader. Each epoch begins a new window, and its last batch ends one.
             epochs: of all calls together: training begins with `cur_epoch`.
-            max_steps: micro-iterations of this call, at most. The last of them ends its window.
+            max_steps: micro-iterations of all calls together. The last of them ends its window.
             test_dataloader: evaluated after every `test_interval` epochs.
             hooks: called from low to high priority.
             return_output_label: False saves their memory; hooks then get None.
@@ -81,17 +83,20 @@ class Trainer:
             raise ArgumentError("max_steps", given=max_steps, expected="an integer >= 1, or None", fix="leave it out")
         self.max_epochs, self.max_steps = epochs, max_steps
         self._attach(hooks)
-        self.steps_per_epoch = len(train_dataloader) if hasattr(train_dataloader, "__len__") else 0  # pyright: ignore[reportArgumentType]
+        loader = train_dataloader
+        if not isinstance(loader, GradAccumDataloader):
+            optimizer = self._engine.optimizer
+            loader = GradAccumDataloader(loader, optimizer.accumulate_size, optimizer)
+        self.steps_per_epoch = _length(loader)
+        if self.cur_step == 0:
+            self.cur_step = self.cur_epoch * self.steps_per_epoch
         self._call("before_train")
-        last_step = None if max_steps is None else self.cur_step + max_steps
-        for _ in range(self.cur_epoch, epochs):
-            self._train_epoch(train_dataloader, last_step, display_progress, return_output_label)
+        while self.cur_epoch < epochs and not self._is_over():
+            self._train_epoch(loader, display_progress, return_output_label)
             if test_dataloader is not None and self.cur_epoch % test_interval == 0:
                 self._test(test_dataloader, display_progress, return_output_label)
-            if self.cur_step == last_step:
-                if self._logger is not None:
-                    self._logger.info(f"stopped after {max_steps} steps", ranks=[0])
-                break
+        if self._is_over() and self._logger is not None:
+            self._logger.info(f"max_steps: stopped after micro-iteration {self.cur_step}", ranks=[0])
         self._call("after_train")
         if self.timer is not None:
             self.timer.reset()
@@ -119,34 +124,34 @@ class Trainer:
             if was_training:
                 self._engine.train()
 
-    def _train_epoch(
-        self, loader: Iterable[Any], last_step: int | None, display_progress: bool, return_output_label: bool
-    ) -> None:
-        engine = self._engine
-        engine.train()
-        data_iter = iter(loader)
+    def _is_over(self) -> bool:
+        return self.max_steps is not None and self.cur_step >= self.max_steps
+
+    def _train_epoch(self, loader: Iterable[Any], display_progress: bool, return_output_label: bool) -> None:
+        self._engine.train()
+        self._engine.optimizer.discard()  # a resumed window too: the epoch begins with its first batch
+        data_iter: Any = iter(loader)
         self._call("before_train_epoch")
-        name = f"[Epoch {self.cur_epoch} / Train]"
+        name = f"[Epoch {self.cur_epoch + 1} / Train]"
         with self._timed("Train-epoch"), _bar(name, self.steps_per_epoch, display_progress) as bar:
-            while self.cur_step != last_step:
+            while not self._is_over():
                 self._call("before_train_iter")
                 with self._timed("Train-step", keep=True):
                     try:
-                        outcome = self._train_iter(data_iter, self.cur_step + 1 == last_step, return_output_label)
+                        outcome = self._train_iter(data_iter, return_output_label)
                     except StopIteration:
                         break
                 self._call("after_train_iter", *outcome)
                 self.cur_step += 1
                 bar.set_postfix(self.states.get("step_metrics", {}))
                 bar.update()
-        if hasattr(data_iter, "close"):
-            data_iter.close()  # pyright: ignore[reportAttributeAccessIssue]
+        data_iter.close()
         self.cur_epoch += 1
         self._call("after_train_epoch")
 
-    def _train_iter(self, data_iter: Any, is_end: bool, return_output_label: bool) -> tuple[Any, Any, Tensor | None]:
+    def _train_iter(self, data_iter: Any, return_output_label: bool) -> tuple[Any, Any, Tensor | None]:
         engine = self._engine
-        data_iter = _Ahead(data_iter, engine, is_end)
+        data_iter = _Ahead(data_iter, engine, is_end=self.cur_step + 1 == self.max_steps)
         outcome = engine.execute_schedule(
             data_iter, forward_only=False, return_loss=True, return_output_label=return_output_label
         )
@@ -160,9 +165,8 @@ class Trainer:
         self._call("before_test")
         self._call("before_test_epoch")
         data_iter = iter(loader)
-        num = len(loader) if hasattr(loader, "__len__") else 0  # pyright: ignore[reportArgumentType]
-        name = f"[Epoch {max(self.cur_epoch - 1, 0)} / Test]"
-        with self._timed("Test-epoch"), torch.no_grad(), _bar(name, num, display_progress) as bar:
+        name = f"[Epoch {self.cur_epoch} / Test]"
+        with self._timed("Test-epoch"), torch.no_grad(), _bar(name, _length(loader), display_progress) as bar:
             while True:
                 self._call("before_test_iter")
                 with self._timed("Test-step", keep=True):
@@ -184,6 +188,7 @@ class Trainer:
         given: object = [] if hooks is None else hooks
         if not isinstance(given, list) or not all(isinstance(hook, BaseHook) for hook in given):
             raise ArgumentError("hooks", given=given, expected="a list of BaseHook", fix="pass [LossHook(), ...]")
+        self.states = {}
         self.hooks = sorted(given, key=lambda hook: hook.priority)
         for hook in self.hooks:
             hook.after_hook_is_attached(self)
@@ -206,7 +211,7 @@ class Trainer:
 class _Ahead:
     """The batches, of which the next one ends its window if that is the last step."""
 
-    def __init__(self, batches: Any, engine: Any, is_end: bool) -> None:
+    def __init__(self, batches: Any, engine: Any, *, is_end: bool) -> None:
         self._batches, self._engine, self._is_end = batches, engine, is_end
 
     def __iter__(self) -> _Ahead:
@@ -218,6 +223,14 @@ class _Ahead:
             self._engine.optimizer.is_end_of_data = True
         self._engine.zero_grad()
         return batch
+
+
+def _length(loader: Iterable[Any]) -> int:
+    """Number of batches; 0 if the loader does not know."""
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return 0
 
 
 def _bar(name: str, total: int, display_progress: bool) -> Any:

@@ -15,17 +15,10 @@ from macrobatch.colossalai.utils.common import (
     print_rank_0,
     sync_model_param,
 )
+from macrobatch.colossalai.utils.cuda import empty_cache, get_current_device, set_to_cuda, synchronize
 from macrobatch.colossalai.utils.data_sampler import DataParallelSampler, get_dataloader
-from macrobatch.colossalai.utils.device import (
-    bytes_to_GB,
-    bytes_to_MB,
-    empty_cache,
-    get_current_device,
-    report_memory_usage,
-    set_to_cuda,
-    synchronize,
-)
 from macrobatch.colossalai.utils.gradients import clip_grad_norm_fp32, count_zeros_fp32
+from macrobatch.colossalai.utils.memory import bytes_to_GB, bytes_to_MB, report_memory_usage
 from macrobatch.colossalai.utils.timer import MultiTimer, Timer
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from macrobatch.colossalai.utils.device import synchronize
+from macrobatch.colossalai.utils.cuda import synchronize
 from macrobatch.errors import ArgumentError, WindowError
 
 __all__ = ["MultiTimer", "Timer"]
@@ -61,6 +61,10 @@ class Timer:
         if keep_in_history:
             self._history.append(self._elapsed_s)
         return self._elapsed_s
+
+    def get_history(self) -> list[float]:
+        """Seconds of the kept ones, in order."""
+        return list(self._history)
 
     def get_history_mean(self) -> float:
         """Seconds of the kept ones on average; 0 if there are none."""

@@ -9,7 +9,8 @@ from typing import Any
 from macrobatch.colossalai.context import ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
-from macrobatch.colossalai.utils.device import report_memory_usage
+from macrobatch.colossalai.utils.memory import report_memory_usage
+from macrobatch.errors import ArgumentError
 
 __all__ = [
     "LogMemoryByEpochHook",
@@ -47,6 +48,8 @@ class LogMetricByStepHook(BaseHook):
 class _EveryFewEpochs(BaseHook):
     def __init__(self, logger: Any, interval: int = 1, priority: int = 10) -> None:
         super().__init__(priority)
+        if type(interval) is not int or interval < 1:
+            raise ArgumentError("interval", given=interval, expected="epochs, an integer >= 1", fix="pass 1")
         self.logger = logger
         self.interval = interval
 
@@ -106,7 +109,7 @@ class LogTimingByEpochHook(_EveryFewEpochs):
 
     Args:
         timer: a `MultiTimer`, the trainer's own.
-        ignore_num_train_steps: micro-iterations at the beginning that do not count in means.
+        ignore_num_train_steps: micro-iterations at the beginning of training that are left out of the mean.
     """
 
     def __init__(
@@ -136,8 +139,9 @@ class LogTimingByEpochHook(_EveryFewEpochs):
         for name, timer in self._timer:
             if name.startswith(mode):
                 text = f"{name}: last = {timer.get_elapsed_time():.4g} s"
-                if timer.has_history:
-                    text += f", mean = {timer.get_history_mean():.4g} s"
+                history = timer.get_history()[self._num_ignored if name == "Train-step" else 0 :]
+                if history:
+                    text += f", mean = {sum(history) / len(history):.4g} s"
                 texts.append(text)
         self.logger.info(f"[Epoch {trainer.cur_epoch} / {mode}]: {' | '.join(texts)}", ranks=[0])
 

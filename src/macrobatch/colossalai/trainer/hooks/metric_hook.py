@@ -54,14 +54,23 @@ AccuracyMetric = Metric
 
 
 class MetricHook(BaseHook):
-    """Base of hooks that measure."""
+    """Base of hooks that measure.
+
+    A subclass puts metrics into `trainer.states["metrics"]["train" | "test"]` in `after_hook_is_attached`, after
+    `self._check_metric_states_initialization(trainer)`. A metric has `epoch_only`, `get_last_step_value()` and
+    `get_accumulated_value()`, each a number or text.
+    """
+
+    _is_stage_to_compute = True  # what subclasses written for the original ask: every rank has the whole model
 
     def __init__(self, priority: int = 0) -> None:
         super().__init__(priority)
-        self.priority = priority
+
+    def _check_metric_states_initialization(self, trainer: Any) -> None:
+        self.init_runner_states(trainer, "metrics", {"train": {}, "test": {}})
 
     def _make(self, trainer: Any, name: str) -> tuple[Metric, Metric]:
-        self.init_runner_states(trainer, "metrics", {"train": {}, "test": {}})
+        self._check_metric_states_initialization(trainer)
         made = Metric(), Metric(epoch_only=True)
         trainer.states["metrics"]["train"][name], trainer.states["metrics"]["test"][name] = made
         return made
@@ -121,7 +130,8 @@ class AccuracyHook(MetricHook):
                 expected="outputs and labels to compare",
                 fix="leave return_output_label at True",
             )
-        metric.add(self.accuracy_func(output, label), trainer.engine.schedule.batch_size)
+        outputs, labels = (value[0] if isinstance(value, list | tuple) else value for value in (output, label))
+        metric.add(self.accuracy_func(outputs, labels), trainer.engine.schedule.batch_size)
 
 
 class ThroughputHook(MetricHook):
@@ -149,7 +159,7 @@ class ThroughputHook(MetricHook):
                 expected="one with a timer that is on",
                 fix="build Trainer(engine, timer=MultiTimer())",
             )
-        self.init_runner_states(trainer, "metrics", {"train": {}, "test": {}})
+        self._check_metric_states_initialization(trainer)
         self._by_mode = {"train": Throughput(self), "test": Throughput(self)}
         for mode, throughput in self._by_mode.items():
             trainer.states["metrics"][mode]["Throughput"] = throughput

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 import torch
 
+from macrobatch.colossalai.amp.amp_type import AMP_TYPE
 from macrobatch.colossalai.context.config import ConfigException
 from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.core.precision import Fp16, Precision
 
-__all__ = ["AMP_TYPE", "make_precision"]
-
-
-class AMP_TYPE(Enum):
-    """Ways to float16 with a loss scale."""
-
-    APEX = "apex"
-    TORCH = "torch"
-    NAIVE = "naive"
+__all__ = ["checked_mode", "make_precision"]
 
 
 def make_precision(fp16: object, device: torch.device) -> Precision | None:

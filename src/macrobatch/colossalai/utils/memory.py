@@ -1,51 +1,17 @@
-"""This process's device, and its memory."""
+"""The memory that this process holds."""
 
 from __future__ import annotations
 
 import gc
 import os
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
 
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.logging import DistributedLogger, get_dist_logger
 
-__all__ = [
-    "bytes_to_GB",
-    "bytes_to_MB",
-    "empty_cache",
-    "get_current_device",
-    "report_memory_usage",
-    "set_to_cuda",
-    "synchronize",
-]
-
-M = TypeVar("M", bound=nn.Module | Tensor)
-
-
-def get_current_device() -> torch.device:
-    """This process's GPU, or the CPU where there are none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def synchronize() -> None:
-    """Wait for what the GPU is doing, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def empty_cache() -> None:
-    """Give unused memory of the GPU back, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def set_to_cuda(models: M) -> M:
-    """A module or tensor on this process's GPU, or as it is where there are none."""
-    return cast(M, models.to(get_current_device())) if torch.cuda.is_available() else models
+__all__ = ["bytes_to_GB", "bytes_to_MB", "report_memory_usage"]
 
 
 def bytes_to_GB(val: int, decimal: int = 2) -> float:
