@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from macrobatch.errors import ArgumentError
 from macrobatch.tree import to_device
 
 __all__ = ["Trainer"]
+
+_END = object()
 
 
 class Trainer:
@@ -134,13 +136,10 @@ class Trainer:
         self._call("before_train_epoch")
         name = f"[Epoch {self.cur_epoch + 1} / Train]"
         with self._timed("Train-epoch"), _bar(name, self.steps_per_epoch, display_progress) as bar:
-            while not self._is_over():
+            while not self._is_over() and (batch := self._next(data_iter, "Train-step")) is not _END:
                 self._call("before_train_iter")
-                with self._timed("Train-step", keep=True):
-                    try:
-                        outcome = self._train_iter(data_iter, return_output_label)
-                    except StopIteration:
-                        break
+                outcome = self._train_iter(batch, return_output_label)
+                self._stop("Train-step")
                 self._call("after_train_iter", *outcome)
                 self.cur_step += 1
                 bar.set_postfix(self.states.get("step_metrics", {}))
@@ -149,11 +148,13 @@ class Trainer:
         self.cur_epoch += 1
         self._call("after_train_epoch")
 
-    def _train_iter(self, data_iter: Any, return_output_label: bool) -> tuple[Any, Any, Tensor | None]:
+    def _train_iter(self, batch: Any, return_output_label: bool) -> tuple[Any, Any, Tensor | None]:
         engine = self._engine
-        data_iter = _Ahead(data_iter, engine, is_end=self.cur_step + 1 == self.max_steps)
+        if self.cur_step + 1 == self.max_steps:
+            engine.optimizer.is_end_of_data = True
+        engine.zero_grad()
         outcome = engine.execute_schedule(
-            data_iter, forward_only=False, return_loss=True, return_output_label=return_output_label
+            iter((batch,)), forward_only=False, return_loss=True, return_output_label=return_output_label
         )
         engine.step()
         return outcome
@@ -167,15 +168,12 @@ class Trainer:
         data_iter = iter(loader)
         name = f"[Epoch {self.cur_epoch} / Test]"
         with self._timed("Test-epoch"), torch.no_grad(), _bar(name, _length(loader), display_progress) as bar:
-            while True:
+            while (batch := self._next(data_iter, "Test-step")) is not _END:
                 self._call("before_test_iter")
-                with self._timed("Test-step", keep=True):
-                    try:
-                        outcome = engine.execute_schedule(
-                            data_iter, forward_only=True, return_loss=True, return_output_label=return_output_label
-                        )
-                    except StopIteration:
-                        break
+                outcome = engine.execute_schedule(
+                    iter((batch,)), forward_only=True, return_loss=True, return_output_label=return_output_label
+                )
+                self._stop("Test-step")
                 self._call("after_test_iter", *outcome)
                 bar.set_postfix(self.states.get("step_metrics", {}))
                 bar.update()
@@ -197,32 +195,25 @@ class Trainer:
         for hook in self.hooks:
             getattr(hook, moment)(self, *args)
 
+    def _next(self, data_iter: Iterator[Any], name: str) -> Any:
+        """The next batch, with whose loading a step's time begins; `_END` after the last."""
+        if self.timer is not None:
+            self.timer.start(name)
+        return next(data_iter, _END)
+
+    def _stop(self, name: str) -> None:
+        if self.timer is not None:
+            self.timer.stop(name, keep_in_history=True)
+
     @contextmanager
-    def _timed(self, name: str, *, keep: bool = False) -> Generator[None]:
+    def _timed(self, name: str) -> Generator[None]:
         if self.timer is not None:
             self.timer.start(name)
         try:
             yield
         finally:
             if self.timer is not None:
-                self.timer.stop(name, keep_in_history=keep)
-
-
-class _Ahead:
-    """The batches, of which the next one ends its window if that is the last step."""
-
-    def __init__(self, batches: Any, engine: Any, *, is_end: bool) -> None:
-        self._batches, self._engine, self._is_end = batches, engine, is_end
-
-    def __iter__(self) -> _Ahead:
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self._batches)
-        if self._is_end:
-            self._engine.optimizer.is_end_of_data = True
-        self._engine.zero_grad()
-        return batch
+                self.timer.stop(name)
 
 
 def _length(loader: Iterable[Any]) -> int:

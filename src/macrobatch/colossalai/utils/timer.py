@@ -41,7 +41,6 @@ class Timer:
 
     def start(self) -> None:
         """Begin, from 0 s."""
-        self._elapsed_s = 0.0
         self._start_s = self.current_time
 
     def lap(self) -> float:
