@@ -23,6 +23,7 @@ from macrobatch.colossalai.engine.gradient_accumulation import (
     GradAccumOptimizer,
     accumulate_gradient,
 )
+from macrobatch.colossalai.engine.schedule import NonPipelineSchedule
 from macrobatch.colossalai.registry import GRADIENT_HANDLER
 from macrobatch.testing.reference import gradients_of, relative_error
 
@@ -229,14 +230,14 @@ def halving(optimizer: torch.optim.Optimizer) -> Any:
 @pytest.mark.parametrize("num_batches", [1, 4, 6])
 def test_scheduler_stepped_per_epoch_reaches_the_right_rate(num_batches):
     engine, batches, schedule, _, _ = started(
-        {"gradient_accumulation": 4}, loader(2 * num_batches, 2), scheduler=halving
+        {"gradient_accumulation": 4}, loader(2 * num_batches, 2), lr=0.1, scheduler=halving
     )
     for _ in range(3):
         for x, y in batches:
             iterate(engine, x, y)
         schedule.step()
-    assert schedule.get_last_lr() == [0.0] or schedule.lr_scheduler.last_epoch == 3
-    assert schedule.last_epoch == 3
+    assert schedule.get_last_lr() == [0.0125]
+    assert engine.optimizer.param_groups[0]["lr"] == 0.0125
 
 
 def test_scheduler_stepped_per_iteration_moves_with_updates():
@@ -259,11 +260,11 @@ def test_fp16_scales_once_and_skips_an_overflowing_window():
     model = nn.Linear(4, 3)
     engine, _, _, _, seen = started(config, None, model=model, lr=0.1)
     x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    reference = expected(model, x[:4], y[:4])
     for part in zip(x.split(2), y.split(2), strict=True):
         iterate(engine, *part)
-    reference = expected(model, x[:4], y[:4])
     assert len(seen) == 2
-    assert seen[0]["weight"].shape == reference["weight"].shape
+    assert relative_error(seen[0], reference) <= 5e-3  # float16 has 11 bits: some roundings of 5e-4
     before = model.weight.clone()
     for index in range(2):
         iterate(engine, torch.full((2, 4), 1e38 if index else 1.0), y[:2])
@@ -347,14 +348,13 @@ def on_rank(config: dict[str, Any], sizes: list[list[int]]) -> tuple[Any, int, b
     engine, *_ = colossalai.initialize(model, optimizer, nn.CrossEntropyLoss(), verbose=False)
     x, y = data(40)
     start = 20 * dist.get_rank()
-    before = dist.distributed_c10d._world.pg_names  # touch: the group is there
     for size in sizes[dist.get_rank()]:
         iterate(engine, x[start : start + size], y[start : start + size])
         start += size
     whole = torch.cat([p.detach().flatten() for p in model.parameters()])
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, whole)
-    return seen[0], len(seen), bool(before) and all(torch.equal(whole, other) for other in everyone)
+    return seen[0], len(seen), all(torch.equal(whole, other) for other in everyone)
 
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["replicated", "torch_ddp"])
@@ -406,3 +406,66 @@ def test_one_reduction_per_window(ranks):
 
 def test_package_exports_errors_of_its_own():
     assert issubclass(colossalai.LaunchError, mb.errors.MacrobatchError)
+
+
+# --- the schedule ---
+
+
+def process(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    return {"input": batch["x"]}, batch["y"]
+
+
+@pytest.mark.parametrize("function", [None, process])
+def test_the_schedule_runs_a_window_of_batches_of_any_form(function):
+    x, y = data(7)
+    rows = [slice(0, 4), slice(4, 7)]
+    batches = [({"input": x[part]}, (y[part],)) if function is None else {"x": x[part], "y": y[part]} for part in rows]
+    engine, batches, _, model, seen = started({"gradient_accumulation": 2}, batches)
+    engine = Engine(model, engine.optimizer, engine.criterion, schedule=NonPipelineSchedule(function))
+    data_iter = iter(batches)
+    for size in (4, 3):
+        engine.zero_grad()
+        output, _, loss = engine.execute_schedule(data_iter)
+        assert (output.shape, loss.ndim, engine.schedule.batch_size) == ((size, 3), 0, size)
+        engine.step()
+    assert relative_error(seen[0], expected(model, x, y)) <= EXACT
+
+
+def test_the_schedule_returns_what_is_asked_for():
+    engine, *_ = started({}, None)
+    x, y = data(2)
+    output, label, loss = engine.execute_schedule(iter([(x, y)]), forward_only=True, return_loss=False)
+    assert (output.shape, loss) == ((2, 3), None)
+    assert torch.equal(label, y)
+    assert engine.execute_schedule(iter([(x, y)]), forward_only=True, return_output_label=False)[:2] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "said"),
+    [
+        (data(2), {"return_loss": False}, "a loss to train on"),
+        ((*data(2), 1), {}, "a pair of data and label"),
+        (None, {}, "a criterion"),
+    ],
+    ids=["no loss", "a triple", "no criterion"],
+)
+def test_what_the_schedule_cannot_run_is_refused(batch, options, said):
+    engine, *_ = started({}, None)
+    if batch is None:
+        engine, batch = Engine(engine.model, engine.optimizer), data(2)
+    with pytest.raises(ValueError, match=said):
+        engine.execute_schedule(iter([batch]), **options)
+    assert engine.optimizer.accumulate_step == 0
+
+
+def test_gradients_can_be_read_after_an_update():
+    """As the original's own test does."""
+    engine, batches, _, model, _ = started({"gradient_accumulation": 4, "clip_grad_norm": 1.0}, loader(8, 2), lr=0.1)
+    gradients, weights = [], []
+    for x, y in batches:
+        iterate(engine, x, y)
+        gradients.append(model[0].weight.grad.clone())
+        weights.append(model[0].weight.detach().clone())
+    assert not torch.equal(gradients[0], gradients[3])
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[2], weights[3])

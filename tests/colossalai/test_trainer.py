@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import macrobatch.colossalai as colossalai
 from macrobatch.colossalai.core import global_context as gpc
@@ -214,3 +216,177 @@ def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match="given"):
         run.fit(loader, **wrong)
     assert run.cur_step == 0
+
+
+# --- what the trainer makes of windows ---
+
+
+@pytest.mark.parametrize(("batch_size", "window"), [(2, 8), (5, 20)])
+def test_updates_are_those_of_a_plain_loop_over_macro_batches(batch_size, window):
+    """With a loader that is not the one of `initialize`."""
+    run, loader, _, model = trainer()
+    model.double()
+    x, y = loader.dataset.tensors
+    reference = copy.deepcopy(model)
+    run.fit(DataLoader(TensorDataset(x.double(), y), batch_size=batch_size), epochs=2)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for rows in 2 * torch.arange(22).split(window):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(reference(x[rows].double()), y[rows]).backward()
+        optimizer.step()
+    for parameter, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(parameter, wanted, rtol=0, atol=1e-14)  # float64: some tens of roundings of 1e-16
+
+
+def test_steps_are_those_of_all_calls_together():
+    run, loader, _, _ = trainer()
+    run.fit(loader, epochs=1, max_steps=6)
+    run.fit(loader, epochs=5, max_steps=15)
+    assert (run.cur_step, run.cur_epoch) == (15, 2)
+    run.fit(loader, epochs=5, max_steps=15)
+    assert (run.cur_step, run.engine.num_iterations) == (15, 15)
+
+
+def test_an_epoch_that_is_set_counts_its_steps():
+    run, loader, _, _ = trainer()
+    run.cur_epoch = 2
+    run.fit(loader, epochs=5, max_steps=24)
+    assert (run.cur_step, run.cur_epoch, run.engine.num_iterations) == (24, 3, 2)
+    assert run.engine.optimizer.accumulate_step == 0
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.ones(4), torch.tensor(0))] * 6)
+
+
+def test_a_stream_without_a_length():
+    run, _, _, _ = trainer()
+    stream = DataLoader(Stream(), batch_size=1)
+    run.fit(stream, epochs=2, test_dataloader=stream, hooks=[hooks.LossHook()])
+    assert (run.cur_step, run.engine.num_updates, run.steps_per_epoch) == (12, 4, 0)
+
+
+def test_times_and_moments_are_those_of_the_batches(tmp_path):
+    timer, logger = MultiTimer(), get_dist_logger("test_times")
+    logger.log_to_file(str(tmp_path))
+    run, loader, _, _ = trainer(timer=timer)
+    recording = Recording()
+
+    class Noting(hooks.BaseHook):
+        def after_train_epoch(self, trainer: Any) -> None:
+            steps = timer.get_timer("Train-step")
+            self.history, self.last = steps.get_history(), steps.get_elapsed_time()
+
+    noting = Noting()
+    timing = hooks.LogTimingByEpochHook(timer, logger, ignore_num_train_steps=9)
+    run.fit(loader, epochs=1, test_dataloader=loader.dataloader, hooks=[noting, recording, timing])
+    assert len(noting.history) == 11
+    assert noting.last == noting.history[-1]
+    assert [recording.calls.count(f"before_{name}_iter") for name in ("train", "test")] == [11, 11]
+    (log,) = tmp_path.glob("*.log")
+    mean = sum(noting.history[9:]) / 2
+    assert f"Train-step: last = {noting.last:.4g} s, mean = {mean:.4g} s" in log.read_text()
+
+
+@pytest.mark.parametrize("interval", [0, -1, 1.5, True])
+def test_an_interval_that_is_none_is_refused(interval):
+    for make in (hooks.LogMetricByEpochHook, hooks.LogMemoryByEpochHook):
+        with pytest.raises(ValueError, match="interval"):
+            make(get_dist_logger(), interval=interval)
+    with pytest.raises(ValueError, match="interval"):
+        hooks.SaveCheckpointHook(interval, "folder")
+
+
+# --- hooks of one's own ---
+
+
+class LargestLoss:
+    """A metric that is not one of ours."""
+
+    epoch_only = False
+
+    def reset(self) -> None:
+        self.losses: list[float] = []
+
+    def get_last_step_value(self) -> float:
+        return self.losses[-1]
+
+    def get_accumulated_value(self) -> float:
+        return max(self.losses)
+
+
+class LargestLossHook(hooks.MetricHook):
+    def after_hook_is_attached(self, trainer: Any) -> None:
+        self._check_metric_states_initialization(trainer)
+        if self._is_stage_to_compute:
+            self.metric = trainer.states["metrics"]["train"]["Largest"] = LargestLoss()
+
+    def before_train_epoch(self, trainer: Any) -> None:
+        self.metric.reset()
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        self.metric.losses.append(loss.item())
+
+
+def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path):
+    logger = get_dist_logger("test_metric_of_ones_own")
+    logger.log_to_file(str(tmp_path))
+    run, loader, _, _ = trainer()
+    board = hooks.TensorboardHook(str(tmp_path / "board"))
+    own = LargestLossHook(priority=3)
+    run.fit(loader, epochs=1, hooks=[hooks.LogMetricByEpochHook(logger), hooks.LogMetricByStepHook(), own, board])
+    assert own.priority == 3
+    assert run.states["step_metrics"] == {"largest": f"{own.metric.losses[-1]:.4g}"}
+    (log,) = tmp_path.glob("*.log")
+    assert f"[Epoch 1 / Train]: Largest = {max(own.metric.losses):.4g}" in log.read_text()
+    events = EventAccumulator(str(tmp_path / "board" / "rank_0")).Reload()
+    assert [event.value for event in events.Scalars("Largest/train")] == pytest.approx(own.metric.losses)
+    assert [event.value for event in events.Scalars("Largest/train_epoch")] == pytest.approx([max(own.metric.losses)])
+
+
+def test_accuracy_is_that_of_the_first_output():
+    run, _, _, model = trainer()
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return model(x), x
+
+    run.engine._model = Two()
+    run.engine._criterion = lambda logits, _, label: nn.functional.cross_entropy(logits, label)
+    run.evaluate([(torch.ones(3, 4), torch.zeros(3, dtype=torch.long))], hooks=[hooks.AccuracyHook(Accuracy())])
+    right = float(model(torch.ones(1, 4)).argmax() == 0)
+    assert run.states["metrics"]["test"]["Accuracy"].get_accumulated_value() == right
+
+
+def test_metrics_of_another_call_are_gone():
+    run, loader, _, _ = trainer()
+    run.fit(loader, epochs=1, hooks=[hooks.LossHook()])
+    run.fit(loader, epochs=2, hooks=[hooks.LogMetricByStepHook()])
+    assert run.states == {"step_metrics": {}}
+
+
+# --- checkpoints ---
+
+
+def test_the_hook_saves_the_schedule_that_another_hook_moves(tmp_path):
+    run, loader, schedule, _ = trainer()
+    saving = hooks.SaveCheckpointHook(checkpoint_dir=tmp_path)
+    run.fit(loader, epochs=2, hooks=[saving, hooks.LRSchedulerHook(schedule, by_epoch=True)])
+    _, _, fresh, model = trainer()
+    assert load_checkpoint(tmp_path / "checkpoint.pt", model, lr_scheduler=fresh) == 2
+    assert fresh.get_last_lr() == schedule.get_last_lr() == [0.025]
+
+
+def test_a_checkpoint_within_an_epoch_begins_that_epoch_anew(tmp_path):
+    run, loader, _, _ = trainer()
+    saving = hooks.SaveCheckpointHook(6, tmp_path / "a.pt", save_by_iter=True)
+    run.fit(loader, epochs=1, max_steps=7, hooks=[saving])
+    run, loader, _, model = trainer()
+    run.cur_epoch = load_checkpoint(tmp_path / "a.pt", model, run.engine.optimizer, engine=run.engine)
+    assert run.cur_epoch == 0
+    assert run.engine.optimizer.accumulate_step == 2
+    run.fit(loader, epochs=1)
+    # 1 window was applied before the checkpoint; 4, 4 and 3 micro-batches follow, none of them with the 2 saved ones.
+    assert run.engine.num_updates == 4
+    assert run.engine.optimizer.window.num_dropped == 2
