@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from macrobatch.core.arrival import Arrivals
 from macrobatch.data import MacroBatchLoader
-from macrobatch.data.prefetch import _copies, on_device
+from macrobatch.data.prefetch import on_device
 from macrobatch.data.source import Piece
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -69,12 +70,13 @@ def test_memory_is_not_reused_before_the_work_on_it_is_done():
 
 def test_a_copy_runs_beside_the_work():
     host = torch.ones(2**24).pin_memory()
-    next(_copies([Piece(host, is_last=True)], torch.device("cuda")))  # takes memory and streams, which may wait
+    arrivals = Arrivals(torch.device("cuda"))
+    arrivals.start(host).ready()  # takes memory and streams, which may wait
     torch.cuda._sleep(10**9)  # some 0.5 s, against 1 ms for the copy
     done = torch.cuda.Event()
     done.record()
-    _, arrived = next(_copies([Piece(host, is_last=True)], torch.device("cuda")))
-    arrived.synchronize()
+    arrivals.start(host)
+    arrivals._stream.synchronize()
     assert not done.query()
 
 

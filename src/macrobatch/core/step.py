@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
+from macrobatch.core.arrival import Arrivals
 from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Updated
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.microstep import LossFn, MicroStep
@@ -79,6 +80,7 @@ class Step:
         self.use(MicroStep())
         self.into: Callable[[GradientBuffer], AbstractContextManager[Any]] = nullcontext
         """Context of a window's forwards and backwards: how gradients get into the buffer, if not by autograd alone."""
+        self._arrivals = Arrivals(device)
         self._seeds = Seeds()
         self._begun = False
         self._is_running = False
@@ -250,8 +252,9 @@ class Step:
         self._latest = spare
 
     def _admitted(self, micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[Any, int, bool]]:
-        """Each micro-batch with the window's answer to: is it the last? Looks one ahead."""
-        rest = iter(micro_batches)
+        """Each micro-batch with the window's answer to: is it the last? Looks one ahead, and copies that one to the
+        device beside the work on this one."""
+        rest = ((self._arrivals.start(micro_batch), num_rows) for micro_batch, num_rows in micro_batches)
         try:
             current = next(rest)
         except StopIteration:
@@ -262,9 +265,9 @@ class Step:
                 "the window", given="no micro-batches", expected="at least one", fix="skip empty macro-batches"
             ) from None
         for following in rest:
-            yield *current, self.window.admit()
+            yield current[0].ready(), current[1], self.window.admit()
             current = following
-        yield *current, self.window.admit(end_of_data=True)
+        yield current[0].ready(), current[1], self.window.admit(end_of_data=True)
 
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
