@@ -27,6 +27,7 @@ from macrobatch.core.events import Listener
 from macrobatch.core.fused import FusedLinear
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Loss, Weight, checked_counts
+from macrobatch.core.microstep import MicroStep
 from macrobatch.core.precision import Precision, make_precision
 from macrobatch.core.result import StepResult
 from macrobatch.core.step import LossFn, MicroBatch, Step
@@ -85,8 +86,11 @@ class TrainStep:
         sync: how ranks agree. "auto" finds out: one process, or replicas on all ranks of torch.distributed; "local"
             keeps this process to itself; or a `Sync` object.
         global_batch: samples of a full macro-batch over all ranks, any integer >= 1; what `loader` makes shares of.
-        capture: "compile" runs `loss_fn` through torch.compile: on a GPU as CUDA graphs, which cost no launches. Shapes
-            are compiled one by one. None runs eagerly.
+        capture: how micro-batches run on a GPU without the cost of launching each kernel. "graph" records forward and
+            backward once for each form of micro-batch as a CUDA graph, and replays it; "auto" does so too, but trusts
+            a recording only after a window in which it agreed with eager runs; "compile" runs `loss_fn` through
+            torch.compile, which also fuses kernels. What cannot be captured runs eagerly, with a line in the log that
+            says why. None, the default, runs eagerly. See docs/capture.md.
 
         fused_linear: let the matrix products of `nn.Linear` layers in bf16 or fp16 add their weight gradients to the
             fp32 buffer themselves. Of use where the weights are in 16 bits, not under autocast of fp32 weights.
@@ -125,7 +129,7 @@ class TrainStep:
         listeners: Iterable[Listener] = (),
         sync: str | Sync = "auto",
         global_batch: int | None = None,
-        capture: Capture | None = None,
+        capture: Capture | MicroStep | None = None,
         fused_linear: bool = False,
     ) -> None:
         check_callables(model, loss_fn, count)
@@ -138,11 +142,12 @@ class TrainStep:
         self.global_batch = global_batch
         self._count = count
         self._window = Window(1)
+        runs = captured(loss_fn, capture, device)
         # A replayed backward adds into fixed addresses, which are not to be lent to a reduction meanwhile.
-        strategy = make_sync(sync, model, overlaps=capture is None)
+        strategy = make_sync(sync, model, overlaps=not runs.replays)
         self._step = Step(
             model,
-            captured(loss_fn, capture, device),
+            runs.loss_fn,
             gradients=GradientBuffer(
                 lambda: parameters(self.optimizers), header=strategy.header, widens=strategy.widens
             ),
@@ -159,6 +164,7 @@ class TrainStep:
             device=device,
             sync=strategy,
         )
+        self._step.use(runs.micro_step)
         self._step.update.precision.groups = self._step.gradients.groups
         self._step.listeners += checked_listeners(listeners)
         if check_flag("fused_linear", fused_linear):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from macrobatch.errors import ArgumentError, BatchError
 
-__all__ = ["Flat", "cat", "flatten", "leaves", "map_tensors", "num_rows", "select", "split", "to_device"]
+__all__ = ["Flat", "cat", "flatten", "leaves", "map_tensors", "num_rows", "select", "split", "structure", "to_device"]
 
 T = TypeVar("T")
 Rebuild = Callable[[Sequence[Any]], Any]
@@ -123,7 +123,7 @@ def cat(batches: Sequence[T]) -> T:
         BatchError: there is no batch, or the structures differ.
     """
     flat = [_flatten(batch) for batch in batches]
-    structures = {_structure(batch) for batch in batches}
+    structures = {structure(batch) for batch in batches}
     if len(structures) != 1:
         raise BatchError(
             "tree.cat",
@@ -251,12 +251,13 @@ def _is_on(device: torch.device, leaf: Any) -> bool:
     return not isinstance(leaf, Tensor) or leaf.device == device
 
 
-def _structure(tree: Any) -> tuple[Any, ...]:
+def structure(tree: Any) -> tuple[Any, ...]:
+    """The containers of a batch and their keys, without its leaves: something to compare and to look up by."""
     parts = _children(tree)
     if parts is None:
         return (type(tree).__name__ if _has_rows(tree) else "no rows",)
     keys, nodes = parts
-    return type(tree).__name__, tuple(keys), *map(_structure, nodes)
+    return type(tree).__name__, tuple(keys), *map(structure, nodes)
 
 
 def _split_leaf(leaf: Any, sizes: Sequence[int]) -> Sequence[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import macrobatch as mb
+from macrobatch import tree
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
@@ -68,7 +69,38 @@ def test_errors_of_the_loss_function_stay_its_own(batch):
         step(batch)
 
 
-@pytest.mark.parametrize("capture", ["graph", "auto", True, 1], ids=str)
+@pytest.mark.parametrize(("capture", "num_lines"), [("auto", 0), ("graph", 1)])
+def test_graphs_on_a_host_run_eagerly(capture, num_lines, batch, caplog):
+    model = network()
+    with caplog.at_level(logging.INFO, logger="macrobatch"):
+        step = mb.TrainStep(model, SGD(model.parameters(), lr=0.0), loss_fn, micro_batch=4, capture=capture)
+        step(batch)
+    assert relative_error(gradients_of(model), full_batch_gradient(model, loss_fn, batch)) <= 1e-6
+    assert len(caplog.records) == num_lines
+
+
+def test_forms_beyond_the_limit_of_recompilations_run_eagerly(batch, caplog):
+    model = network()
+    step = mb.TrainStep(model, SGD(model.parameters(), lr=0.0), loss_fn, micro_batch=1, capture="compile")
+    reference = full_batch_gradient(model, loss_fn, batch)
+    with caplog.at_level(logging.WARNING):
+        for num_rows in range(1, 11):
+            step.window(tree.split(batch, [num_rows, 11 - num_rows]))
+            assert relative_error(gradients_of(model), reference) <= 1e-6
+    assert [record.getMessage() for record in caplog.records] == [
+        "capture: runs eagerly, since there are more than 8 forms of micro-batch; further ones"
+    ]
+
+
+@pytest.mark.parametrize("capture", ["compile", "graph", "auto"])
+def test_two_passes_are_not_captured(capture):
+    model = network()
+    two_pass = mb.TwoPass(lambda model, x: model(x), lambda representations: representations.square().mean())
+    with pytest.raises(mb.errors.ArgumentError, match="TwoPass"):
+        mb.TrainStep(model, SGD(model.parameters(), lr=0.0), two_pass, micro_batch=4, capture=capture)
+
+
+@pytest.mark.parametrize("capture", ["graphs", True, 1], ids=str)
 def test_unknown_captures_are_refused(capture):
     model = network()
     with pytest.raises(mb.errors.ArgumentError, match="capture"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class MicroStep:
             )
         self.model, self.gradients, self.precision, self.device = model, gradients, precision, device
         return self
+
+    def window(self) -> AbstractContextManager[Any]:
+        """Context of all forwards and backwards of a window."""
+        return nullcontext()
 
     def __call__(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
         """Forward, backward. A micro-batch of 0 rows runs like any other and counts nothing."""

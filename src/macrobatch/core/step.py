@@ -166,7 +166,7 @@ class Step:
         )
         num_samples = 0
         try:
-            with self.into(self.gradients):
+            with self.micro_step.window(), self.into(self.gradients):
                 for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
                     num_samples += num_rows
                     with self.sync.micro_batch(self.gradients, is_last=is_last):

@@ -1,44 +1,57 @@
-"""Micro-steps whose forward and backward run compiled, on top of the persistent gradient buffer.
+"""How a step's micro-batches are run: eagerly, compiled, or recorded and replayed.
 
-With `mode="reduce-overhead"` on a GPU, torch.compile replays CUDA graphs, which read and write fixed addresses.
-Gradients that are None between windows then raise "accessing tensor output of CUDAGraphs that has been overwritten",
-or are summed wrongly (https://github.com/pytorch/pytorch/issues/169545). The views of the flat buffer stay where they
-are, so autograd adds into them in place, whatever made the addend. What a replay returns is overwritten by the next
-one: losses and weights are copied out.
+Replayed CUDA graphs read and write fixed addresses, those of torch.compile's mode "reduce-overhead" too. Gradients that
+are None between windows then raise "accessing tensor output of CUDAGraphs that has been overwritten", or are summed
+wrongly (https://github.com/pytorch/pytorch/issues/169545). The views of the flat buffer stay where they are, so
+autograd adds into them in place, whatever made the addend.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from macrobatch.core.autograd import wider_aside
+from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.twopass import TwoPass
 from macrobatch.errors import ArgumentError, LossError
+from macrobatch.plan.graphs import Graphs
+from macrobatch.plan.surroundings import Unfit, form_of
 from macrobatch.tree import map_tensors
 
-__all__ = ["Capture", "Compiled", "captured"]
+__all__ = ["Capture", "Captured", "Compiled", "captured"]
 
-Capture = Literal["compile"]
-LossFn = Callable[[Any, Any], Any]
+Capture = Literal["auto", "compile", "graph"]
+_MAX_FORMS = 8  # torch.compile's own limit of recompilations
 _LOG = logging.getLogger("macrobatch")
 
 
-def captured(loss_fn: LossFn, capture: object, device: torch.device) -> LossFn:
-    """A loss function that runs as `capture` says: None, as it is; "compile", compiled.
+class Captured(NamedTuple):
+    """A loss function, what runs it, and whether micro-batches may be replayed without autograd's hooks."""
+
+    loss_fn: LossFn
+    micro_step: MicroStep
+    replays: bool
+
+
+def captured(loss_fn: LossFn, capture: object, device: torch.device) -> Captured:
+    """A loss function and what runs it, as `capture` says; None runs it as it is.
+
+    Raises:
+        ArgumentError: it is none of `Capture`, or the loss is a `TwoPass`.
 
     ```pycon
-    >>> captured(len, None, torch.device("cpu")) is len
-    True
+    >>> captured(len, None, torch.device("cpu")).replays
+    False
 
     ```
     """
     if capture is None:
-        return loss_fn
+        return Captured(loss_fn, MicroStep(), replays=False)
     if isinstance(loss_fn, TwoPass):
         raise ArgumentError(
             "capture",
@@ -46,28 +59,45 @@ def captured(loss_fn: LossFn, capture: object, device: torch.device) -> LossFn:
             expected="None: its second pass depends on all of the first",
             fix="compile the encoders themselves, with torch.compile(model)",
         )
+    if isinstance(capture, MicroStep):
+        return Captured(loss_fn, capture, replays=True)
     if capture == "compile":
-        return Compiled(loss_fn, device)
-    raise ArgumentError("capture", given=capture, expected='None or "compile"', fix="leave it out to run eagerly")
+        return Captured(Compiled(loss_fn, device), MicroStep(), replays=True)
+    if capture in ("auto", "graph"):
+        if device.type == "cuda":
+            return Captured(loss_fn, Graphs(verifies=capture == "auto"), replays=True)
+        level = logging.DEBUG if capture == "auto" else logging.WARNING
+        _LOG.log(level, "capture: runs eagerly, since the model is on a %s, and CUDA graphs need a GPU", device.type)
+        return Captured(loss_fn, MicroStep(), replays=False)
+    raise ArgumentError(
+        "capture",
+        given=capture,
+        expected=f"None, one of {get_args(Capture)}, or a MicroStep such as Graphs(max_recordings=16)",
+        fix="leave it out to run eagerly",
+    )
 
 
 class Compiled:
     """A loss function that torch.compile has compiled: with CUDA graphs on a GPU, without on a CPU.
 
-    Shapes are compiled one by one, so micro-batches of a few sizes are best. If it cannot be compiled, it runs as it
-    is, and one line in the log says why. torch.compile draws other random numbers than eager PyTorch does.
+    Every form of micro-batch is compiled for itself, up to eight, so a short last micro-batch slows no other one down;
+    further forms run eagerly. If the function cannot be compiled, it runs as it is. One line in the log says why. What
+    a CUDA graph returns is overwritten by its next replay: losses and weights are copied out. torch.compile draws
+    other random numbers than eager PyTorch does.
     """
 
     def __init__(self, loss_fn: LossFn, device: torch.device) -> None:
         self._eager = loss_fn
         self._replays = device.type == "cuda"
         self._narrow: list[Tensor] | None = None
+        self._forms: set[Hashable] = set()
+        self._has_warned = False
         self._compiled: LossFn | None = torch.compile(
             loss_fn, mode="reduce-overhead" if self._replays else None, dynamic=False
         )
 
     def __call__(self, model: Any, micro_batch: Any) -> Any:
-        if self._compiled is None:
+        if self._compiled is None or not self._is_admitted(micro_batch):
             return self._eager(model, micro_batch)
         if self._replays:
             torch.compiler.cudagraph_mark_step_begin()
@@ -85,6 +115,23 @@ class Compiled:
             _LOG.warning("capture: runs eagerly, since torch.compile failed: %s", str(error).partition("\n")[0])
             return self._eager(model, micro_batch)
         return map_tensors(Tensor.clone, output) if self._replays else output
+
+    def _is_admitted(self, micro_batch: Any) -> bool:
+        try:
+            key = form_of(micro_batch).key
+        except Unfit:  # torch.compile has its own ways with it
+            return True
+        if key in self._forms:
+            return True
+        if len(self._forms) < _MAX_FORMS:
+            self._forms.add(key)
+            return True
+        if not self._has_warned:
+            self._has_warned = True
+            _LOG.warning(
+                "capture: runs eagerly, since there are more than %d forms of micro-batch; further ones", _MAX_FORMS
+            )
+        return False
 
 
 def _is_compilers(error: BaseException) -> bool:

@@ -19,6 +19,9 @@ __all__ = ["LocalSync", "Policy", "ReplicatedSync", "ShardedSync", "Sync", "Wrap
 def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True) -> Sync:
     """The strategy for a name, for a strategy itself, or for what the process and the model are.
 
+    Args:
+        overlaps: whether backwards are autograd's own, so that a strategy may work during the last one.
+
     ```pycon
     >>> make_sync("auto", nn.Linear(1, 1)).has_peers
     False
@@ -26,6 +29,7 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True) -> Sync:
     ```
     """
     if isinstance(sync, Sync):
+        sync.overlaps = sync.overlaps and overlaps
         return sync
     if sync == "local":
         return LocalSync()

@@ -31,6 +31,9 @@ class Sync:
     has_peers = False
     """Whether other ranks take part, so that this one's share of a window may be empty."""
 
+    overlaps = True
+    """Whether it may work during the last backward; not where that may be a replay, which autograd knows nothing of."""
+
     widens = True
     """Whether 16-bit parameters may have gradients in float32."""
 

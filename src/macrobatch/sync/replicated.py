@@ -150,7 +150,9 @@ class ReplicatedSync(Sync):
         except ArgumentError:
             self._is_told = True
             raise
-        if is_last and self._overlap and len(self._buckets) > 1:  # the one with the header goes last in any case
+        if (
+            is_last and self._overlap and self.overlaps and len(self._buckets) > 1
+        ):  # the one with the header goes last in any case
             return self._sending(gradients)
         return super().micro_batch(gradients, is_last=is_last)
 

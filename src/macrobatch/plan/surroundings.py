@@ -1,0 +1,115 @@
+"""What a recorded micro-step depends on besides the numbers in its micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
+from torch.nn.parallel import DistributedDataParallel
+
+from macrobatch import tree
+from macrobatch.core.gradients import GradientBuffer
+
+__all__ = ["Form", "Surroundings", "Unfit", "form_of"]
+
+_ATOMS = (str, bytes, int, float, complex, bool, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unfit(Exception):
+    """Why something cannot be recorded: the rest of a sentence that begins with "since"."""
+
+
+class Form(NamedTuple):
+    """A micro-batch taken apart: what a recording of it holds for, and what may differ the next time."""
+
+    key: Hashable
+    tensors: list[Tensor]
+
+
+def form_of(micro_batch: Any) -> Form:
+    """The form of a micro-batch: its structure, its tensors' shapes, strides and dtypes, and all its other values.
+
+    Raises:
+        Unfit: it has a part that can be neither copied into a recording nor compared.
+
+    ```pycon
+    >>> a, b = (form_of({"x": torch.zeros(size, 2), "scale": 0.5}) for size in (3, 4))
+    >>> a.key == b.key, [tensor.shape for tensor in a.tensors]
+    (False, [torch.Size([3, 2])])
+
+    ```
+    """
+    tensors: list[Tensor] = []
+    described = tuple(_described(leaf, tensors) for leaf in tree.leaves(micro_batch))
+    return Form((tree.structure(micro_batch), described), tensors)
+
+
+def _described(leaf: Any, tensors: list[Tensor]) -> Hashable:
+    if type(leaf) is Tensor:
+        if leaf.requires_grad or leaf.layout is not torch.strided:
+            raise Unfit(f"the batch has a {'tensor that requires grad' if leaf.requires_grad else leaf.layout}")
+        tensors.append(leaf)
+        return leaf.shape, leaf.dtype, leaf.stride()
+    if isinstance(leaf, _ATOMS):
+        return type(leaf), repr(leaf)
+    if type(leaf) in (list, tuple):
+        return type(leaf), tuple(_described(item, tensors) for item in leaf)
+    raise Unfit(f"the batch has a {type(leaf).__name__}, which a recording cannot take in")
+
+
+class Surroundings(NamedTuple):
+    """A model and its settings at the start of a window.
+
+    Attributes:
+        places: where parameters, module buffers and gradients lie. A recording of other places is worthless.
+        mode: switches that may be turned to and fro; there may be a recording for each position.
+        obstacle: why the model cannot be recorded as it is, if so.
+    """
+
+    places: Hashable
+    mode: Hashable
+    obstacle: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module, gradients: GradientBuffer, device: torch.device) -> Surroundings:
+        """Those of a model whose gradients are in their places."""
+        modules = list(model.modules())
+        params = list({id(p): p for p in (*model.parameters(), *(slot.param for slot in gradients.slots))}.values())
+        obstacle = _obstacle(modules, params)
+        places = None
+        if obstacle is None:
+            tensors = [*params, *model.buffers(), *(flat.storage for flat in gradients.flats)]
+            places = tuple((id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors)
+        mode = (
+            tuple(module.training for module in modules),
+            tuple(param.requires_grad for param in params),
+            torch.is_autocast_enabled(device.type),
+            torch.get_autocast_dtype(device.type),
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,  # pyright: ignore[reportAttributeAccessIssue]
+            torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return cls(places, (tuple(map(id, modules)), mode), obstacle)
+
+
+def _obstacle(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | None:
+    for module in modules:
+        if isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
+            return f"{type(module).__name__} synchronises ranks in its own forward and backward"
+        if any(getattr(module, name) for name in _HOOKS):
+            return f"a {type(module).__name__} has hooks, which a replay would not call"
+    if torch_module._has_any_global_hook():  # pyright: ignore[reportPrivateUsage]
+        return "there are hooks on all modules, which a replay would not call"
+    for param in params:
+        if isinstance(param, DTensor):
+            return "parameters are spread over ranks"
+        if param._backward_hooks or param._post_accumulate_grad_hooks:  # pyright: ignore[reportPrivateUsage]
+            return f"a parameter of shape {tuple(param.shape)} has hooks, which a replay would not call"
+    return None
