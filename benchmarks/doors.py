@@ -42,7 +42,7 @@ class Work(NamedTuple):
     batch: Callable[[int, torch.device], Batch]
     window: int
     micro_batch: int
-    free: int
+    free: tuple[int, ...]
     units_per_sample: int
     unit: str
     precision: str
@@ -95,17 +95,17 @@ def works(tiny: bool) -> dict[str, Work]:
         gpt = partial(GPT, 32, 2, 2, vocabulary=97, length=16)
         ids = partial(tokens, length=16, vocabulary=97)
         return {
-            "gpt124": Work(gpt, ids, 8, 2, 4, 16, "tokens", "bf16"),
-            "resnet18": Work(partial(ResNet, (8, 16)), images, 8, 2, 8, 1, "images", "fp32"),
-            "vit": Work(partial(TinyViT, 16, 2, 1), images, 8, 2, 8, 1, "images", "fp32"),
-            "mlp": Work(partial(mlp, 16), images, 8, 2, 8, 1, "images", "fp32"),
+            "gpt124": Work(gpt, ids, 8, 2, (4, 8), 16, "tokens", "bf16"),
+            "resnet18": Work(partial(ResNet, (8, 16)), images, 8, 2, (8,), 1, "images", "fp32"),
+            "vit": Work(partial(TinyViT, 16, 2, 1), images, 8, 2, (8,), 1, "images", "fp32"),
+            "mlp": Work(partial(mlp, 16), images, 8, 2, (8,), 1, "images", "fp32"),
         }
     ids = partial(tokens, length=1024, vocabulary=50304)
     return {
-        "gpt124": Work(gpt_124m, ids, 64, 2, 16, 1024, "tokens", "bf16"),
-        "resnet18": Work(partial(ResNet, (64, 128, 256, 512)), images, 256, 8, 256, 1, "images", "fp32"),
-        "vit": Work(partial(TinyViT, 128, 4, 6), images, 256, 8, 256, 1, "images", "fp32"),
-        "mlp": Work(partial(mlp, 512), images, 256, 8, 256, 1, "images", "fp32"),
+        "gpt124": Work(gpt_124m, ids, 64, 2, (16, 64), 1024, "tokens", "bf16"),
+        "resnet18": Work(partial(ResNet, (64, 128, 256, 512)), images, 256, 8, (256,), 1, "images", "fp32"),
+        "vit": Work(partial(TinyViT, 128, 4, 6), images, 256, 8, (256,), 1, "images", "fp32"),
+        "mlp": Work(partial(mlp, 512), images, 256, 8, (256,), 1, "images", "fp32"),
     }
 
 
@@ -129,7 +129,7 @@ class Contender(NamedTuple):
 
 def contenders(work: Work) -> Iterator[Contender]:
     """The most telling ones first: time may be short."""
-    given, free = work.micro_batch, work.free
+    given = work.micro_batch
     captured = {"backend": "inductor", "mode": "reduce-overhead"}
     ours = "macrobatch.accelerate"
     yield Contender("hand loop", given, partial(hand, work, given))
@@ -138,13 +138,16 @@ def contenders(work: Work) -> Iterator[Contender]:
     yield Contender("macrobatch, accelerate door, captured", given, partial(accelerate, work, given, ours, captured))
     for capture in ("graph", "compile"):
         yield Contender(f"TrainStep, {capture}", given, partial(train_step, work, given, capture))
-    for capture in ("graph", "compile"):
-        yield Contender(f"TrainStep, {capture}, free: {free}", free, partial(train_step, work, free, capture))
-    yield Contender("TrainStep, auto, free: auto", free, partial(train_step, work, "auto", "auto"))
+    for free in reversed(work.free):
+        for capture in ("compile", "graph"):
+            yield Contender(f"TrainStep, {capture}, free: {free}", free, partial(train_step, work, free, capture))
+    yield Contender("TrainStep, auto, free: auto", work.free[0], partial(train_step, work, "auto", "auto"))
     yield Contender("macrobatch, accelerate door", given, partial(accelerate, work, given, ours, {}))
     yield Contender("TrainStep", given, partial(train_step, work, given, None))
     yield Contender("hand loop, compiled", given, partial(hand, work, given, is_compiled=True))
-    yield Contender(f"hand loop, free: {free}", free, partial(hand, work, free))
+    for free in work.free:
+        yield Contender(f"hand loop, free: {free}", free, partial(hand, work, free))
+        yield Contender(f"hand loop, compiled, free: {free}", free, partial(hand, work, free, is_compiled=True))
     yield Contender(
         "Accelerate, inductor", given, partial(accelerate, work, given, "accelerate", {"backend": "inductor"})
     )

@@ -30,7 +30,7 @@ from contenders import POLICIES, SHARDED_PRECISION, Job, accelerate, ddp, fsdp, 
 from harness import Panels, Row, grid, paired, save
 from models import LENGTH, VOCABULARY, gpt_1b, gpt_124m, gpt_tiny, mlp_tiny
 from torch.nn.parallel import DistributedDataParallel
-from windows import GIB, TIMED, WARMUP, Contender, attempt, norms_noted, over_ranks
+from windows import GIB, TIMED, WARMUP, Contender, Noted, attempt, exact_slice, gradients_noted, over_ranks, slice_error
 
 from macrobatch import tree
 from macrobatch.sync import ReplicatedSync, ShardedSync, WrappedSync
@@ -47,6 +47,8 @@ def gpt124(job: Job) -> Iterator[Contender]:
         yield Contender("Accelerate", num_rows, partial(accelerate, job, num_rows))
         yield Contender("macrobatch", num_rows, partial(macrobatch, job, num_rows))
         if job.device.type == "cuda":
+            yield Contender("macrobatch, graph", num_rows, partial(macrobatch, job, num_rows, capture="graph"))
+            yield Contender("macrobatch, captured", num_rows, partial(macrobatch, job, num_rows, capture="compile"))
             yield Contender("by hand, flat buffer, CUDA graph", num_rows, partial(graphed, job, num_rows))
     after = partial(ReplicatedSync, overlap=False)  # hooks do not fire when a graph is replayed
     for num_rows in job.options.micro:
@@ -115,38 +117,45 @@ WORKLOADS = {"gpt124": gpt124, "fsdp1b": fsdp1b, "mlp": mlp}
 def compare_in_turns(job: Job, contenders: Iterator[Contender]) -> None:
     """All at once: the only fair way where a window takes a millisecond."""
     ready = {contender.name: contender.build() for contender in contenders}
-    norms: dict[str, float] = {}
+    exact = exact_slice(job.model(), job.loss, job.micro_batches(job.options.micro[0]), job.device)
+    gradients: dict[str, Noted] = {}
     for name, running in ready.items():
-        with norms_noted(running.optimizer) as noted:
+        with gradients_noted(running.optimizer, exact) as noted:
             running.update()
-        norms[name] = noted[0]
+        gradients[name] = noted[0]
     if job.options.profile:
         profile(ready["TrainStep"].update)
         return
     num_micro_batches = len(job.micro_batches(job.options.micro[0]))
     updates = {name: running.update for name, running in ready.items()}
     job.rows += paired(updates, rounds=job.options.rounds, calls=20, unit_per_call=num_micro_batches)
-    reference = next(iter(norms.values()))
+    reference = next(iter(gradients.values())).norm
     for row in job.rows:
-        row |= {"grad_norms": [norms[row["name"]]], "off": abs(norms[row["name"]] / reference - 1)}
+        mine = gradients[row["name"]]
+        row |= {"grad_norms": [mine.norm], "off": abs(mine.norm / reference - 1)}
+        row["fp64_error"] = slice_error([mine], exact)
         if row["off"] > 1e-5:
             say(f"WRONG? The gradient's norm of {row['name']} is off by {row['off']:.0e}")
     store(job, {"microseconds per micro-step": {row["name"]: row["us"] for row in job.rows}})
-    header = ["", "us per micro-step", f"x {job.rows[0]['name']}", "processor time, us", "x"]
+    header = ["", "us per micro-step", f"x {job.rows[0]['name']}", "processor time, us", "x", "error vs fp64"]
     kinds = [("us", 1), ("ratio", 3), ("cpu_us", 1), ("cpu_ratio", 3)]
-    say(grid(title(job), header, [[row["name"], *(spread(row[kind], n) for kind, n in kinds)] for row in job.rows]))
+    cells = [
+        [row["name"], *(spread(row[kind], n) for kind, n in kinds), f"{row['fp64_error']:.1e}"] for row in job.rows
+    ]
+    say(grid(title(job), header, cells))
 
 
 def compare_one_by_one(job: Job, contenders: Iterator[Contender]) -> None:
     """Each alone, so that its memory is its own; what is found is said and stored at once."""
     began_s = time.monotonic()
+    exact = exact_slice(job.model(), job.loss, job.micro_batches(1), job.device)
     for contender in contenders:
         (elapsed_s,) = over_ranks([time.monotonic() - began_s], job.device)
         if elapsed_s > job.options.seconds:
             row: Row = {"name": contender.name, "micro_batch": contender.num_rows, "error": "not run: out of time"}
         else:
             reference = next((row["grad_norms"][0] for row in job.rows if "error" not in row), None)
-            row = attempt(contender, device=job.device, num_units=job.num_units, reference=reference)
+            row = attempt(contender, device=job.device, num_units=job.num_units, reference=reference, exact=exact)
         job.rows.append(row)
         say("  ".join(cells(job, row)))
         done = {f"{row['name']} ({row['micro_batch']})": row for row in by_size(job) if "error" not in row}
@@ -162,6 +171,7 @@ def compare_one_by_one(job: Job, contenders: Iterator[Contender]) -> None:
         "peak GiB",
         "reserved",
         "norm off by",
+        "error vs fp64",
         "",
     ]
     say("\n" + grid(title(job), header, [cells(job, row) for row in by_size(job)]))
@@ -184,7 +194,7 @@ def cells(job: Job, row: Row) -> list[str]:
     """A result as texts. A gradient whose norm is off by more than bf16 explains is pointed out."""
     start = [row["name"], str(row["micro_batch"])]
     if "error" in row:
-        return [*start, *[""] * 5, row["error"][:80]]
+        return [*start, *[""] * 6, row["error"][:80]]
     same_size = [other for other in job.rows if other["micro_batch"] == row["micro_batch"] and "error" not in other]
     base = next((other["per_s"][1] for other in same_size if other["name"] == job.rows[0]["name"]), None)
     return [
@@ -194,6 +204,7 @@ def cells(job: Job, row: Row) -> list[str]:
         f"{row['peak_gib']:.2f}",
         f"{row['reserved_gib']:.2f}",
         f"{row['off']:.0e}",
+        f"{row['fp64_error']:.1e}",
         ("WRONG? " if row["off"] > 0.01 else "") + row.get("policy", ""),
     ]
 

@@ -1,27 +1,47 @@
 """Windows over several ranks: build a contender, warm it up, time it, check its gradient, leave nothing of it behind.
 
 A contender's optimizer must have the learning rate 0. Every window then has the same gradient, and its norm is compared
-with the first contender's, in the first window and in the last one: a fast wrong answer is seen.
+with the first contender's, in the first window and in the last one: a fast wrong answer is seen. A slice of it, the
+gradients of a few parameters, is compared with float64.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from harness import Row, quartiles
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-__all__ = ["GIB", "TIMED", "WARMUP", "Contender", "Extent", "Running", "adamw", "attempt", "norms_noted", "over_ranks"]
+from macrobatch import tree
+
+__all__ = [
+    "GIB",
+    "TIMED",
+    "WARMUP",
+    "Contender",
+    "Extent",
+    "Noted",
+    "Running",
+    "Slice",
+    "adamw",
+    "attempt",
+    "exact_slice",
+    "gradients_noted",
+    "over_ranks",
+    "slice_error",
+]
 
 GIB = 2**30
+Slice = Mapping[int, Tensor]
+"""Gradients in float64 of some parameters, by their place among all."""
 
 
 class Extent(NamedTuple):
@@ -67,7 +87,50 @@ def adamw(model: nn.Module) -> Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
 
-def attempt(contender: Contender, *, device: torch.device, num_units: int, reference: float | None) -> Row:
+class Noted(NamedTuple):
+    """A gradient that an optimizer got: its norm, and its slice."""
+
+    norm: float
+    parts: dict[int, Tensor]
+
+
+def exact_slice(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], micro_batches: Sequence[Any], device: torch.device
+) -> Slice:
+    """The slice in float64, by plain PyTorch: of the mean over all ranks' equal micro-batches, for at most a dozen
+    parameters at the start of the model, through which all of the backward has gone."""
+    model = model.double()
+    params = list(model.parameters())
+    places = [place for place, param in enumerate(params) if param.ndim > 1 and param.numel() < 2**25][1:4]
+    for place, param in enumerate(params):
+        param.requires_grad_(place in places)
+    for micro_batch in micro_batches:
+        wide = tree.map_tensors(lambda x: x.double() if x.is_floating_point() else x, micro_batch)
+        (loss(model, wide) / len(micro_batches) / dist.get_world_size()).backward()
+    found: dict[int, Tensor] = {}
+    for place in places:
+        grad = params[place].grad
+        assert grad is not None
+        dist.all_reduce(grad)
+        found[place] = grad.clone()
+    del model, params, param, grad
+    gc.collect()
+    _forget_memory(device)
+    return found
+
+
+def slice_error(noted: Sequence[Noted], exact: Slice) -> float:
+    """The largest relative error of the noted slices; the same on all ranks."""
+    size = torch.stack([part.norm() for part in exact.values()]).norm()
+    off = [
+        torch.stack([(each.parts[at].double() - part).norm() for at, part in exact.items()]).norm() for each in noted
+    ]
+    return over_ranks([float(torch.stack(off).max() / size)], size.device)[0]
+
+
+def attempt(
+    contender: Contender, *, device: torch.device, num_units: int, reference: float | None, exact: Slice
+) -> Row:
     """Measure a contender. All ranks call this; an error on any of them is the result on all.
 
     Memory is of the rank that had most. "peak" is what tensors held at once, from building the model to the last
@@ -77,14 +140,16 @@ def attempt(contender: Contender, *, device: torch.device, num_units: int, refer
     Args:
         num_units: tokens or samples of a window, over all ranks.
         reference: norm that the gradient should have; None for the first contender.
+        exact: some of the gradient in float64.
 
     Returns:
-        Quartiles of seconds per window and of units per second, memory in GiB and the gradient's norms; or "error".
+        Quartiles of seconds per window and of units per second, memory in GiB, the gradient's norms, and what its
+        slice is off by, "fp64_error"; or "error".
     """
     row: Row = {"name": contender.name, "micro_batch": contender.num_rows}
     error = None
     try:
-        row |= _measured(contender, device, num_units, reference)
+        row |= _measured(contender, device, num_units, reference, exact)
     except Exception as failure:  # whatever it is, the other contenders are worth measuring
         error = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     torch.compiler.reset()
@@ -97,12 +162,19 @@ def attempt(contender: Contender, *, device: torch.device, num_units: int, refer
 
 
 @contextmanager
-def norms_noted(optimizer: Optimizer) -> Generator[list[float]]:
-    """The norms of the gradients that an optimizer gets within the context."""
-    norms: list[float] = []
-    handle = optimizer.register_step_pre_hook(lambda optimizer, *_: norms.append(_gradient_norm(optimizer)))
+def gradients_noted(optimizer: Optimizer, exact: Slice) -> Generator[list[Noted]]:
+    """The gradients that an optimizer gets within the context."""
+    noted: list[Noted] = []
+
+    def note(optimizer: Optimizer, *_: Any) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        parts = {place: params[place].grad for place in exact}
+        whole = {at: part.full_tensor() if isinstance(part, DTensor) else part.clone() for at, part in parts.items()}
+        noted.append(Noted(_gradient_norm(optimizer), whole))
+
+    handle = optimizer.register_step_pre_hook(note)
     try:
-        yield norms
+        yield noted
     finally:
         handle.remove()
 
@@ -116,11 +188,11 @@ def over_ranks(
     return total.tolist()
 
 
-def _measured(contender: Contender, device: torch.device, num_units: int, reference: float | None) -> Row:
+def _measured(contender: Contender, device: torch.device, num_units: int, reference: float | None, exact: Slice) -> Row:
     left_gib = _memory_gib(device)["allocated"]
     began_s = time.perf_counter()
     running = contender.build()
-    with norms_noted(running.optimizer) as norms:
+    with gradients_noted(running.optimizer, exact) as noted:
         running.update()
     _wait(device)
     start_s = time.perf_counter() - began_s
@@ -130,9 +202,10 @@ def _measured(contender: Contender, device: torch.device, num_units: int, refere
     for _ in range(WARMUP.times(each_s)):
         (each_s,) = over_ranks([_timed(running.update, device)], device)
     times_s = over_ranks([_timed(running.update, device) for _ in range(TIMED.times(each_s))], device)
-    with norms_noted(running.optimizer) as last_norms:
+    with gradients_noted(running.optimizer, exact) as last:
         running.update()
-    norms += last_norms
+    noted += last
+    norms = [each.norm for each in noted]
     reference = norms[0] if reference is None else reference
     off = [abs(norm / reference - 1) for norm in norms]
     memory_gib = _memory_gib(device)
@@ -147,6 +220,7 @@ def _measured(contender: Contender, device: torch.device, num_units: int, refere
         "start_s": round(start_s, 1),
         "grad_norms": norms,
         "off": max(over_ranks(off, device)),
+        "fp64_error": slice_error(noted, exact),
         **running.notes(),
     }
 
