@@ -99,7 +99,18 @@ def exact_slice(
 ) -> Slice:
     """The slice in float64, by plain PyTorch: of the mean over all ranks' equal micro-batches, for at most a dozen
     parameters at the start of the model, through which all of the backward has gone."""
-    model = model.double()
+    found = _exact_slice(model.double(), loss, micro_batches)
+    for gradient in found.values():
+        dist.all_reduce(gradient)
+    del model
+    gc.collect()
+    _forget_memory(device)  # no contender's
+    return found
+
+
+def _exact_slice(
+    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], micro_batches: Sequence[Any]
+) -> dict[int, Tensor]:
     params = list(model.parameters())
     places = [place for place, param in enumerate(params) if param.ndim > 1 and param.numel() < 2**25][1:4]
     for place, param in enumerate(params):
@@ -107,16 +118,8 @@ def exact_slice(
     for micro_batch in micro_batches:
         wide = tree.map_tensors(lambda x: x.double() if x.is_floating_point() else x, micro_batch)
         (loss(model, wide) / len(micro_batches) / dist.get_world_size()).backward()
-    found: dict[int, Tensor] = {}
-    for place in places:
-        grad = params[place].grad
-        assert grad is not None
-        dist.all_reduce(grad)
-        found[place] = grad.clone()
-    del model, params, param, grad
-    gc.collect()
-    _forget_memory(device)
-    return found
+    grads = {place: params[place].grad for place in places}
+    return {place: grad.clone() for place, grad in grads.items() if grad is not None}
 
 
 def slice_error(noted: Sequence[Noted], exact: Slice) -> float:
