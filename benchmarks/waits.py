@@ -3,6 +3,7 @@
     python benchmarks/waits.py                        # GPT-2 124M, micro-batches of 2
     python benchmarks/waits.py --tiny --device cpu
 
+Then, how long a pass over the flat gradient buffer takes beside a window; a window makes two, or three where it clips.
 Fails if a micro-step makes the host wait for the device (a synchronisation, or a copy to the host).
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from doors import adamw, loss_of, works
-from harness import Row, grid, save
+from harness import Row, grid, in_turns, save
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import macrobatch as mb
@@ -55,11 +56,23 @@ def main() -> None:
     rows = _waits(profiler, num_micro_batches=result.num_micro_batches)
     name = f"waits-{device.type}{'-tiny' if options.tiny else ''}"
     settings = {key: value for key, value in vars(options).items() if key != "out"}
-    path = save(name, {"settings": settings, "loss": loss, "rows": rows}, options.out)
+    buffer = step.gradients
+    passes = in_turns(
+        {
+            "window": lambda: step(batch),
+            "zero": lambda: [flat.storage.zero_() for flat in buffer.flats],
+            "norm": buffer.norm,
+            "scale": lambda: buffer.scale_(1.0),
+        },
+        seconds=options.seconds,
+    )
+    path = save(name, {"settings": settings, "loss": loss, "rows": rows, "passes": passes}, options.out)
     profiler.export_chrome_trace(str(path.with_name(f"{name}.chrome.json.gz")))
     cells = [[row["name"], str(row["within"]), str(row["after"])] for row in rows]
     title = f"a window of {result.num_micro_batches} micro-batches: how often the host waits"
     print(grid(title, ["", "in micro-steps", "at the end of the window"], cells))
+    cells = [[row["name"], f"{row['s'][1] * 1e3:.3f}", f"{row['ratio'][1]:.2%}"] for row in passes]
+    print(grid("passes over the buffer", ["", "ms", "of a window"], cells))
     print("written to", path)
     if any(row["within"] for row in rows if row["name"] in ON_HOST):
         sys.exit("a micro-step waits for the device")
@@ -86,6 +99,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, only to see that it runs")
     parser.add_argument("--window", type=int, default=8, help="samples")
     parser.add_argument("--capture", choices=["compile", "graph"], help="as TrainStep takes it; eager without")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing windows and passes")
     parser.add_argument("--out", type=Path, help="folder for JSON and trace instead of benchmarks/results")
     return parser.parse_args()
 

@@ -45,11 +45,11 @@ def test_doors_measure_and_report(tmp_path):
 
 
 def test_waits_writes_a_trace(tmp_path):
-    run("waits", "--tiny", "--device", "cpu", out=tmp_path)
+    run("waits", "--tiny", "--device", "cpu", "--seconds", "0.01", out=tmp_path)
     assert (tmp_path / "waits-cpu-tiny.chrome.json.gz").stat().st_size > 1000
     assert all(row["within"] == 0 for row in rows(tmp_path / "waits-cpu-tiny.json") if row["name"].startswith("cuda"))
 
 
-@pytest.mark.parametrize("script", ["run", "doors", "lengths", "ranks", "overhead", "wgrad", "waits"])
-def test_scripts_say_what_they_take(script, tmp_path):
+@pytest.mark.parametrize("script", ["lengths", "ranks", "overhead"])
+def test_other_scripts_say_what_they_take(script, tmp_path):
     assert "--out" in run(script, "--help", out=tmp_path)
