@@ -43,6 +43,7 @@ def main() -> None:
         "TrainStep, clip_norm": train_step(copy.deepcopy(model), x_BC, y_B, {"clip_norm": 1e9}),
         "TrainStep, nonfinite=ignore": train_step(copy.deepcopy(model), x_BC, y_B, {"nonfinite": "ignore"}),
         "macrobatch.accelerate": accelerate(copy.deepcopy(model), x_BC, y_B, "macrobatch.accelerate"),
+        "macrobatch.colossalai": colossalai(copy.deepcopy(model), x_BC, y_B),
         "Accelerate": accelerate(copy.deepcopy(model), x_BC, y_B, "accelerate"),
         "Lightning Fabric": fabric(copy.deepcopy(model), x_BC, y_B),
     }
@@ -95,6 +96,22 @@ def accelerate(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor, package:
                 accelerator.backward(F.cross_entropy(model(x), y))
                 optimizer.step()
                 optimizer.zero_grad()
+
+    return update
+
+
+def colossalai(model: nn.Module, x_BC: torch.Tensor, y_B: torch.Tensor) -> Callable[[], object]:
+    from macrobatch.colossalai import core, initialize
+
+    core.global_context.load_config({"gradient_accumulation": NUM_MICRO_BATCHES})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    engine, *_ = initialize(model, optimizer, nn.CrossEntropyLoss(), verbose=False)
+
+    def update() -> None:
+        for x, y in zip(x_BC.split(ROWS), y_B.split(ROWS), strict=True):
+            engine.zero_grad()
+            engine.backward(engine.criterion(engine(x), y))
+            engine.step()
 
     return update
 

@@ -18,7 +18,7 @@ from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.colossalai.nn.metric import Accuracy
 from macrobatch.colossalai.trainer import Trainer, hooks
-from macrobatch.colossalai.utils import MultiTimer, load_checkpoint
+from macrobatch.colossalai.utils import DataParallelSampler, MultiTimer, load_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -390,3 +390,29 @@ def test_a_checkpoint_within_an_epoch_begins_that_epoch_anew(tmp_path):
     # 1 window was applied before the checkpoint; 4, 4 and 3 micro-batches follow, none of them with the 2 saved ones.
     assert run.engine.num_updates == 4
     assert run.engine.optimizer.window.num_dropped == 2
+
+
+def test_a_resumed_epoch_has_its_own_order():
+    run, _, _, _ = trainer()
+    numbers = torch.arange(12, dtype=torch.float32)[:, None].expand(12, 4)
+    dataset = TensorDataset(numbers, torch.zeros(12, dtype=torch.long))
+    seen: list[list[float]] = []
+
+    class Noting(hooks.BaseHook):
+        def before_train_epoch(self, trainer: Any) -> None:
+            seen.append([])
+
+        def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+            seen[-1] += inputs.pop().tolist()
+
+    inputs: list[torch.Tensor] = []
+    run.engine.model.register_forward_pre_hook(lambda _, args: inputs.append(args[0][:, 0]))
+
+    def shuffled() -> DataLoader[Any]:
+        return DataLoader(dataset, batch_size=2, sampler=DataParallelSampler(dataset, shuffle=True))
+
+    run.fit(shuffled(), epochs=3, hooks=[Noting()])
+    run.cur_epoch = 2
+    run.fit(shuffled(), epochs=3, hooks=[Noting()])
+    assert seen[0] != seen[1] != seen[2]
+    assert seen[3] == seen[2]

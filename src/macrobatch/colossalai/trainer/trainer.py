@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from macrobatch.colossalai.engine.gradient_accumulation import GradAccumDataloader
@@ -132,6 +133,9 @@ class Trainer:
     def _train_epoch(self, loader: Iterable[Any], display_progress: bool, return_output_label: bool) -> None:
         self._engine.train()
         self._engine.optimizer.discard()  # a resumed window too: the epoch begins with its first batch
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(self.cur_epoch)  # of a resumed run: the order that it would have had
         data_iter: Any = iter(loader)
         self._call("before_train_epoch")
         name = f"[Epoch {self.cur_epoch + 1} / Train]"
