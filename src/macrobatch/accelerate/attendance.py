@@ -29,7 +29,7 @@ class Attendance:
         patience_s: how long the main process waits for the others. Once it has been alone, it expects to be so again.
     """
 
-    def __init__(self, patience_s: float = 20.0) -> None:
+    def __init__(self, patience_s: float = 10.0) -> None:
         self.patience_s = patience_s
 
     def meet(self, what: str, *, rank: int, world_size: int) -> Present:

@@ -1,0 +1,97 @@
+"""Scripts in the shape of those found in the wild, as they stand under `accelerate`, and with their imports prefixed.
+
+Their windows are full and their batches whole, so that both have to end at the same weights; what they report, which
+learning rates they used and which files they left behind is compared as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.filterwarnings("ignore")]
+
+SCRIPTS = sorted(Path(__file__).parent.glob("scripts/*.py"))
+PREFIX = re.compile(r"^(from|import) accelerate\b", flags=re.MULTILINE)
+
+
+def prefixed(source: str) -> str:
+    """The whole migration."""
+    return PREFIX.sub(
+        lambda found: (
+            "from macrobatch.accelerate" if found[1] == "from" else "import macrobatch.accelerate as accelerate"
+        ),
+        source,
+    )
+
+
+def run(package: str, script: str, folder: str) -> list[dict[str, Any]]:
+    """What the script returns for each of its lists of arguments, one after the other in one folder."""
+    reset(package)
+    if dist.is_initialized():  # the original asks the environment, not the group
+        rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    path = Path(script)
+    source = path.read_text(encoding="utf-8")
+    module = types.ModuleType("wild_script")
+    sys.modules["wild_script"] = module
+    exec(compile(source if package == "accelerate" else prefixed(source), script, "exec"), module.__dict__)
+    results = []
+    try:
+        for arguments in module.RUNS:
+            where = ["--output_dir", folder] if "--output_dir" in source else []
+            results.append(module.main([*arguments, *where]))
+            if dist.is_initialized():
+                dist.barrier()
+            reset(package)
+    finally:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    return results
+
+
+def reset(package: str) -> None:
+    state = importlib.import_module(f"{package}.state")
+    for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
+        kind._reset_state()
+
+
+def compare(theirs: Any, ours: Any) -> None:
+    for name in theirs:
+        if not isinstance(theirs[name], torch.Tensor) and not (
+            isinstance(theirs[name], list) and theirs[name] and isinstance(theirs[name][0], torch.Tensor)
+        ):
+            assert ours[name] == theirs[name], name
+        else:
+            # Sums of the same float32 numbers in another order, carried through at most 24 updates.
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_same_results(script: Path, num_ranks: int, ranks: Any, tmp_path: Path):
+    results = {}
+    for package in ("accelerate", "macrobatch.accelerate"):
+        arguments = package, str(script), str(tmp_path / package)
+        results[package] = [run(*arguments)] if num_ranks == 1 else ranks(2).run(run, *arguments)
+    theirs, ours = results.values()
+    assert len(ours) == num_ranks
+    for their_rank, our_rank in zip(theirs, ours, strict=True):
+        for their_run, our_run in zip(their_rank, our_rank, strict=True):
+            compare(their_run, our_run)
+
+
+def test_scripts_name_the_original_only_in_imports():
+    assert len(SCRIPTS) >= 7
+    for script in SCRIPTS:
+        rest = PREFIX.sub("", script.read_text(encoding="utf-8"))
+        assert not re.search(r"macrobatch|from accelerate|import accelerate", rest)
