@@ -141,6 +141,7 @@ def test_what_is_right_is_taken():
             "gradient_handler": [{"type": "DataParallelGradientHandler"}],
             "cudnn_benchmark": False,
             "cudnn_deterministic": True,
+            "torch_compile": {"mode": "reduce-overhead"},
             "parallel": {"pipeline": 1, "tensor": {"size": 1, "mode": None}},
             "zero": None,
             "GRADIENT_CLIPPING": 1.0,
@@ -189,6 +190,8 @@ def test_fp16_without_a_mode(value):
         ("gradient_handler", {"type": "DataParallelGradientHandler"}),
         ("gradient_handler", ["DataParallelGradientHandler"]),
         ("cudnn_benchmark", 1),
+        ("torch_compile", True),
+        ("torch_compile", {"modus": "reduce-overhead"}),
         ("parallel", 2),
     ],
 )

@@ -93,6 +93,27 @@ def test_windows_are_exact_with_short_tail_and_ragged_batch(num, batch_size):
         assert relative_error(gradient, expected(model, *window)) <= EXACT
 
 
+def test_compiled_windows_are_exact():
+    num_runs = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal num_runs
+            num_runs += 1
+            return graph.forward(*args)
+
+        return run
+
+    x, y = data(15)
+    full = expected(network(), x, y)
+    config = {"gradient_accumulation": 8, "torch_compile": {"backend": backend}}
+    engine, batches, _, _, seen = started(config, loader(15, 2))
+    for part in batches:
+        iterate(engine, *part)
+    assert num_runs == 8
+    assert relative_error(seen[0], full) <= EXACT
+
+
 def test_mean_of_means_is_not_exact():
     # The control: ragged micro-batches weighted equally, as in the original.
     x, y = data(8)

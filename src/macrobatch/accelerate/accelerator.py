@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from macrobatch.accelerate.checkpointing import Checkpoints
 from macrobatch.accelerate.gradient_state import GradientState
 from macrobatch.accelerate.joining import joined
-from macrobatch.accelerate.models import replays
 from macrobatch.accelerate.optimizer import AcceleratedOptimizer
 from macrobatch.accelerate.preparation import Preparation
 from macrobatch.accelerate.processes import Processes
@@ -30,6 +29,7 @@ from macrobatch.core.handover import share_of
 from macrobatch.core.loss import Weight
 from macrobatch.core.precision import Fp16, Precision
 from macrobatch.errors import LossError
+from macrobatch.plan.capture import replays
 from macrobatch.sync import LocalSync
 
 __all__ = ["Accelerator"]
@@ -136,7 +136,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[Any] = []
         self._custom_objects: list[Any] = []
-        self._replays = replays(options.compile_kwargs)
+        self._replays = options.compile_kwargs is not None and replays(options.compile_kwargs, self.device)
         self._windows = Windows(
             self.gradient_state, self._make_precision, self.num_processes, overlaps=not self._replays
         )

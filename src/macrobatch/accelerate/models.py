@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
@@ -14,13 +14,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from macrobatch.accelerate.utils.operations import convert_to_fp32, recursively_apply
+from macrobatch.accelerate.utils.operations import convert_to_fp32
 from macrobatch.sync.peers import Peers
 
 __all__ = [
     "autocast_forward",
-    "compile_forward",
-    "replays",
     "restore_forward",
     "shard",
     "shares_parameters",
@@ -41,28 +39,6 @@ def autocast_forward(model: nn.Module, autocast: Callable[[], AbstractContextMan
 
     model._original_forward = forward  # pyright: ignore[reportArgumentType]
     model.forward = in_autocast
-
-
-def compile_forward(model: nn.Module, options: dict[str, Any]) -> None:
-    """Run a model's forward through torch.compile, in place. What a CUDA graph returns is overwritten by its next
-    replay, so outputs are copied out of it."""
-    compiled = torch.compile(model.forward, **options)
-    if not replays(options):
-        model.forward = compiled
-        return
-
-    @wraps(model.forward)
-    def copied_out(*args: Any, **kwargs: Any) -> Any:
-        return recursively_apply(Tensor.clone, compiled(*args, **kwargs))
-
-    model.forward = copied_out
-
-
-def replays(options: Mapping[str, Any] | None) -> bool:
-    """Whether torch.compile makes CUDA graphs with these options."""
-    if options is None or not torch.cuda.is_available():
-        return False
-    return options.get("mode") in ("reduce-overhead", "max-autotune") or options.get("backend") == "cudagraphs"
 
 
 def restore_forward(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from macrobatch.accelerate.data_loader import prepare_data_loader, skip_first_batches
 from macrobatch.accelerate.models import (
     autocast_forward,
-    compile_forward,
     replicate,
     restore_forward,
     shard,
@@ -31,6 +30,7 @@ from macrobatch.accelerate.utils.dataclasses import DataLoaderConfiguration
 from macrobatch.accelerate.utils.other import extract_model_from_parallel
 from macrobatch.accelerate.windows import Windows
 from macrobatch.errors import ArgumentError
+from macrobatch.plan.capture import compile_forward
 
 __all__ = ["Preparation"]
 

@@ -26,6 +26,7 @@ from macrobatch.colossalai.utils.cuda import get_current_device
 from macrobatch.core.precision import Precision
 from macrobatch.core.window import Tail
 from macrobatch.errors import ArgumentError
+from macrobatch.plan.capture import compile_forward, replays
 
 __all__ = ["initialize"]
 
@@ -97,6 +98,9 @@ def initialize(
         raise ArgumentError(
             "optimizer", given=type(plain).__name__, expected="an optimizer, or a class of one", fix="pass one"
         )
+    compiling: dict[str, Any] | None = config.get("torch_compile")
+    if compiling is not None:
+        compile_forward(built, compiling)
     wrapped: nn.Module = built
     if config.get("torch_ddp") is not None and gpc.world_size > 1:
         options: dict[str, Any] = config["torch_ddp"]
@@ -105,7 +109,8 @@ def initialize(
         )
     size = config.get("gradient_accumulation") or 1
     precision = make_precision(config.get("fp16"), device) or Precision()
-    accumulating = GradAccumOptimizer(plain, size, wrapped, precision)
+    is_replayed = compiling is not None and replays(compiling, device)
+    accumulating = GradAccumOptimizer(plain, size, wrapped, precision, replays=is_replayed)
     handlers = build_gradient_handlers(config.get("gradient_handler"), built, plain)
     engine = Engine(
         wrapped,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
+
+import torch
 
 from macrobatch.colossalai.amp.precision import checked_mode
 from macrobatch.colossalai.context.config import ConfigException
@@ -18,7 +21,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Refuse what would have no effect, or not the one that its name promises.
 
     Keys that switch something on are `gradient_accumulation`, `clip_grad_norm`, `fp16`, `torch_ddp`,
-    `gradient_handler`, `cudnn_benchmark`, `cudnn_deterministic` and `parallel`. None as a value is the same as no key.
+    `gradient_handler`, `cudnn_benchmark`, `cudnn_deterministic`, `parallel` and, as an addition of this package,
+    `torch_compile`. None as a value is the same as no key.
     All other keys are hyper-parameters, which only your script reads, with two exceptions among those that are not in
     upper case: a name that comes close to one of the above, such as `gradient_clipping`, and a feature that this
     package does not have, such as `zero`.
@@ -97,6 +101,17 @@ def _check_ddp(key: str, value: object) -> None:
         )
 
 
+def _check_compile(key: str, value: object) -> None:
+    allowed = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
+    if not isinstance(value, Mapping) or not all(name in allowed for name in value):
+        raise _wrong(
+            key,
+            value,
+            f"a dict of arguments for torch.compile: {', '.join(allowed)}",
+            'write dict(mode="reduce-overhead"), for example',
+        )
+
+
 def _check_handlers(key: str, value: object) -> None:
     if not isinstance(value, list | tuple) or not all(
         isinstance(each, Mapping) and isinstance(each.get("type"), str) for each in value
@@ -149,6 +164,7 @@ FEATURES = {
     "gradient_handler": _check_handlers,
     "cudnn_benchmark": _check_flag,
     "cudnn_deterministic": _check_flag,
+    "torch_compile": _check_compile,
     "parallel": _check_parallel,
 }
 """Every key that switches something on, with what checks its value."""
@@ -190,6 +206,7 @@ _SYNONYMS = {
     ),
     **dict.fromkeys(("amp_type", "float16", "half", "mixed_precision"), "fp16"),
     **dict.fromkeys(("ddp", "distributed_data_parallel"), "torch_ddp"),
+    **dict.fromkeys(("compile", "dynamo", "cuda_graph", "cuda_graphs"), "torch_compile"),
 }
 """Other names that people give to what a key does."""
 

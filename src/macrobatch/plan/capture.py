@@ -9,11 +9,12 @@ autograd adds into them in place, whatever made the addend.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from functools import wraps
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from macrobatch.core.autograd import wider_aside
 from macrobatch.core.microstep import LossFn, MicroStep
@@ -21,9 +22,9 @@ from macrobatch.core.twopass import TwoPass
 from macrobatch.errors import ArgumentError, LossError
 from macrobatch.plan.graphs import Graphs
 from macrobatch.plan.surroundings import Unfit, form_of
-from macrobatch.tree import map_tensors
+from macrobatch.tree import leaves, map_tensors
 
-__all__ = ["Capture", "Captured", "Compiled", "captured"]
+__all__ = ["Capture", "Captured", "Compiled", "captured", "compile_forward", "replays"]
 
 Capture = Literal["auto", "compile", "graph"]
 _MAX_FORMS = 8  # torch.compile's own limit of recompilations
@@ -132,6 +133,46 @@ class Compiled:
                 "capture: runs eagerly, since there are more than %d forms of micro-batch; further ones", _MAX_FORMS
             )
         return False
+
+
+def compile_forward(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Run a model's forward through torch.compile, in place.
+
+    Whoever calls it begins every micro-batch with `torch.compiler.cudagraph_mark_step_begin()` if it `replays`. What a
+    CUDA graph returns is overwritten by its next replay, so outputs are copied out of it.
+
+    Args:
+        options: for `torch.compile`.
+    """
+    forward = model.forward
+    compiled = torch.compile(forward, **options)
+    narrow: list[Tensor] = []
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not narrow:
+            narrow.extend(param for param in model.parameters() if param.itemsize < 4)
+        with wider_aside(narrow):
+            output = compiled(*args, **kwargs)
+        tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+        is_overwritten = replays(options, tensors[0].device) if tensors else False
+        return map_tensors(Tensor.clone, output) if is_overwritten else output
+
+    model.forward = run
+
+
+def replays(options: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether torch.compile makes CUDA graphs with these options.
+
+    ```pycon
+    >>> replays({"mode": "reduce-overhead"}, torch.device("cuda")), replays({}, torch.device("cuda"))
+    (True, False)
+
+    ```
+    """
+    asked = (options.get("options") or {}).get("triton.cudagraphs", False)
+    by_name = options.get("mode") in ("reduce-overhead", "max-autotune") or options.get("backend") == "cudagraphs"
+    return device.type == "cuda" and bool(by_name or asked)
 
 
 def _is_compilers(error: BaseException) -> bool:

@@ -15,6 +15,9 @@ import torch
 
 __all__ = ["CudaRecorder", "Recorder", "Replay"]
 
+_WAIT = "called a synchronizing CUDA operation"
+_NOTICE = "Synchronization debug mode"
+
 T = TypeVar("T")
 Replay = Callable[[], None]
 
@@ -122,7 +125,8 @@ def _waits_noticed() -> Generator[list[str]]:
         yield waits
         return
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        for message in (_WAIT, _NOTICE):
+            warnings.filterwarnings("always", message=message)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield waits
@@ -130,7 +134,7 @@ def _waits_noticed() -> Generator[list[str]]:
             torch.cuda.set_sync_debug_mode(before)
     for warning in caught:
         text = str(warning.message)
-        if "called a synchronizing CUDA operation" in text:
+        if text.startswith(_WAIT):
             waits.append(text)
-        elif "Synchronization debug mode" not in text:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif not text.startswith(_NOTICE):  # not ours: shown as it would have been
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)

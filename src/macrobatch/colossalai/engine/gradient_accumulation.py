@@ -39,15 +39,23 @@ class GradAccumOptimizer(Optimizer):
         accumulate_size: micro-iterations of a full window, an integer >= 1.
         model: what is trained; synchronised over ranks, if there are several.
         precision: for its loss scale.
+        replays: whether the model is compiled into CUDA graphs.
     """
 
     def __init__(
-        self, optim: Optimizer, accumulate_size: int, model: nn.Module | None = None, precision: Precision | None = None
+        self,
+        optim: Optimizer,
+        accumulate_size: int,
+        model: nn.Module | None = None,
+        precision: Precision | None = None,
+        *,
+        replays: bool = False,
     ) -> None:
         # Optimizer.__init__ is left out: parameters and state are the wrapped optimizer's.
         self.optim = optim
         module = nn.Module() if model is None else model
-        sync = make_sync("auto", module)
+        sync = make_sync("auto", module, overlaps=not replays)
+        self._replays = replays
         self.window = Window(accumulate_size)
         self.accumulation = Accumulation(
             module,
@@ -109,6 +117,8 @@ class GradAccumOptimizer(Optimizer):
     def begin(self) -> None:
         """A micro-iteration begins, unless it has."""
         if not self.accumulation.is_inside:
+            if self._replays:  # what earlier ones returned has been copied out
+                torch.compiler.cudagraph_mark_step_begin()
             self.accumulation.enter(end_of_data=self.is_end_of_data)
 
     def zero_grad(self, *_: Any, **__: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
