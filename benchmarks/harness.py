@@ -204,7 +204,7 @@ def _draw(path: Path, title: str, panels: Panels) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(("macrobatch", "TrainStep"))
+    return name.split(": ")[-1].startswith(("macrobatch", "TrainStep"))
 
 
 def _wait() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import macrobatch as mb
@@ -233,6 +234,40 @@ def test_a_compiled_loss_keeps_it(caplog):
     assert not torch._dynamo.utils.counters["graph_break"]
     assert fused["unused.weight"] is None
     assert relative_error(fused, exact) < 2e-2
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of the 16-bit tensors that are copied to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("dtype") is torch.float32:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_autograd_adds_is_not_copied_to_fp32_first(fused):
+    model, ids_BT = tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = mb.TrainStep(model, optimizer, loss_fn, micro_batch=8, fused_linear=fused)
+    step(ids_BT)
+    with Casts() as casts:
+        step(ids_BT)
+    bias = tuple(model.twice.bias.shape)
+    assert (bias in casts.shapes) == (not fused)  # the control: autograd as it is copies
+
+
+def test_gradients_have_the_parameters_dtype_again_when_released():
+    model, ids_BT = tied()
+    step = mb.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch=8, fused_linear=True)
+    step(ids_BT)
+    step.gradients.release()
+    model(ids_BT).backward()
+    assert {param.grad.dtype for param in model.parameters() if param.grad is not None} == {BF16}
 
 
 def test_operator_passes_the_checks_of_torch():

@@ -58,7 +58,9 @@ def test_product_is_added_in_fp32_in_place(dtype):
     assert float((rounded - expected).norm() / expected.norm()) > 1e-4
 
 
-@pytest.mark.parametrize("capture", [None, "compile"])
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch.compile's own, as it sets out
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("capture", [None, "compile", "graph"])
 @pytest.mark.parametrize("micro_batch", [16, 2])
 def test_window_is_no_worse_than_the_plain_path(micro_batch, capture):
     torch.manual_seed(0)

@@ -60,6 +60,8 @@ class FusedLinear:
         if self._layout is not gradients.slots:
             self._layers = list(_layers_of(self._model, gradients))
             self._layout = gradients.slots
+        for slot in gradients.slots:
+            _add_as_it_comes(slot)
         layers = [layer for layer in self._layers if layer.is_free()]
         nodes = [get_gradient_edge(layer.slot.param).node for layer in layers]  # held: autograd does not
         handles = [
@@ -104,6 +106,15 @@ def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]
             # A captured graph is to write to it, not to a copy.
             torch._dynamo.mark_static_address(slot.view, guard=True)  # pyright: ignore[reportPrivateUsage]
             yield _Layer(module, slot, partial(_forward, module, weight, slot.view))
+
+
+def _add_as_it_comes(slot: Slot) -> None:
+    """Let autograd add a 16-bit gradient to an fp32 view in one pass, instead of making an fp32 copy of it first."""
+    param = slot.param
+    if param.grad_dtype not in (None, param.dtype) and param.grad is slot.local:
+        param.grad = None  # it may only change while there is no gradient
+        param.grad_dtype = None
+        param.grad = slot.view
 
 
 def _used(view: Tensor, *_: Any) -> None:
