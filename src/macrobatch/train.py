@@ -225,7 +225,7 @@ class TrainStep:
                 fix="pass a list of them, or call the step itself with the macro-batch",
             )
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
-        if not isinstance(micro_batches, Sequence) and not self._step.sync.has_peers:
+        if not isinstance(micro_batches, Sequence) and self._step.streams:
             return self._run(counted, Plan(None, 1, expected))
         try:
             counted = list(counted)

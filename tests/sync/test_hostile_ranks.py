@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -321,6 +320,28 @@ def test_windows_from_iterators_of_different_lengths_equal_one_process(ranks):
     assert max(ranks(2).run(streams)) <= EXACT
 
 
+def drawn_ahead() -> list[int]:
+    """How many micro-batches of a stream have been drawn when each of them is run."""
+    drawn, seen = [0], list[int]()
+
+    def stream() -> Iterator[Tensor]:
+        for index in range(4 + dist.get_rank()):
+            drawn[0] += 1
+            yield rows(2, seed=index)
+
+    def loss_fn(model: Any, x: Tensor) -> Tensor:
+        seen.append(drawn[0])
+        return mean_square(model, x)
+
+    model = layers()
+    mb.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=1, sync=ReplicatedSync()).window(stream())
+    return seen
+
+
+def test_replicas_look_one_micro_batch_ahead(ranks):
+    assert ranks(2).run(drawn_ahead) == [[2, 3, 4, 4], [2, 3, 4, 5, 5]]
+
+
 # --- other users of the wire ---
 
 
@@ -371,32 +392,6 @@ def test_loss_with_collectives_in_its_backward_does_not_mix_with_the_buckets(ran
 
 
 # --- models and losses that need something else ---
-
-
-def coupled(strategy: str) -> str:
-    """A loss of the whole macro-batch, of which each rank has a part."""
-    torch.manual_seed(0)
-    model: Any = nn.Linear(8, 3, dtype=F64)
-    if strategy == "sharded":
-        model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    if strategy == "wrapped":
-        model = DistributedDataParallel(model)
-
-    def encode(model: Any, x: Tensor) -> Tensor:
-        return F.normalize(model(x), dim=1)
-
-    loss_fn = mb.TwoPass(encode, lambda r: F.cross_entropy(r @ r.T, torch.arange(len(r))))
-    step = mb.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=2)
-    try:
-        step(rows(4) if dist.get_rank() else None)
-    except mb.errors.MacrobatchError as error:
-        return type(error).__name__
-    return "passed"
-
-
-@pytest.mark.parametrize("strategy", ["replicated", "sharded", "wrapped"])
-def test_two_pass_over_ranks_is_refused_on_all(ranks, strategy):
-    assert ranks(2).run(coupled, strategy) == ["NotYetError"] * 2
 
 
 def older_sharding(sync: str) -> bool:

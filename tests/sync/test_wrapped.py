@@ -189,14 +189,7 @@ def branches_used(windows: list[list[list[str]]], options: dict[str, Any]) -> tu
     return off, [seen[-1].gradients[f"branches.{index}.weight"] is None for index in range(4)]
 
 
-@pytest.mark.parametrize(
-    "views",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="bucket views hold zeros for unused ones (known limit)")),
-    ],
-    ids=["", "views of buckets"],
-)
+@pytest.mark.parametrize("views", [False, True], ids=["", "views of buckets"])
 @pytest.mark.parametrize(
     ("names", "is_none"),
     [
@@ -212,7 +205,6 @@ def test_window_unused_parameters_equal_one_process_and_are_none_if_no_rank_used
         assert found == is_none
 
 
-@pytest.mark.xfail(reason="a borrowed micro-batch counts as use (known limit)")
 def test_parameter_that_only_a_borrowed_micro_batch_uses_is_none(ranks):
     """Rank 1 has no samples in the second window and runs what it ran last, whose branch no sample of this one uses."""
     for off, found in ranks(2).run(branches_used, [[["0"], ["1"]], [["0"], []]], {}):

@@ -95,7 +95,7 @@ class Step:
 
     def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
-        if self.update.replays or isinstance(self.loss_fn, TwoPass) or self.sync.has_peers:
+        if not self.streams:
             micro_batches = list(micro_batches)
         versions = _versions(micro_batches) if self.update.replays else None
         gradient = self.gradient(micro_batches, plan)
@@ -135,11 +135,10 @@ class Step:
         self._is_running = True
         before = Snapshot(self.model, self.device)
         try:
-            if self.sync.has_peers:
-                micro_batches = list(micro_batches)
+            if isinstance(micro_batches, list):
                 plan = plan._replace(spare=micro_batches[0][0] if micro_batches else self._spare)
-            plan = self.sync.plan(plan)
-            loss_fn = self._loss_fn(micro_batches, before)
+            plan = self.sync.plan(plan._replace(is_coupled=isinstance(self.loss_fn, TwoPass)))
+            loss_fn = self._loss_fn(micro_batches, plan, before)
             tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn)
             verdict = self.update.finish(self.gradients, tally)
         except BaseException:
@@ -182,28 +181,42 @@ class Step:
     def fail(self, *, counted: bool) -> None:
         """Tell the other ranks that this one has nothing for the window, not even an empty share."""
         self._begin()
-        self.sync.plan(Plan(None, 0.0, {} if counted else None))
-        self.gradients.start()
-        self.sync.close(self.gradients, None)
+        is_coupled = isinstance(self.loss_fn, TwoPass)
+        self.sync.plan(Plan(None, 0.0, {} if counted else None, is_coupled=is_coupled))
+        if not is_coupled:  # else they have heard of it, and not begun
+            self.gradients.start()
+            self.sync.close(self.gradients, None)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a window's micro-batches may come one by one, their number unknown."""
+        return self.sync.streams and not self.update.replays and not isinstance(self.loss_fn, TwoPass)
 
     def _begin(self) -> None:
         if not self._begun:
             self.sync.begin(self.model, self.gradients)
             self._begun = True
 
-    def _loss_fn(self, micro_batches: Iterable[MicroBatch], before: Snapshot) -> LossFn:
+    def _loss_fn(self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot) -> LossFn:
         if not isinstance(self.loss_fn, TwoPass):
             return self.loss_fn
-        if self.sync.has_peers or self.policy != Exact():
+        if self.policy != Exact():
             raise NotYetError(
                 "TwoPass",
-                given=f"{self.policy} {'over several ranks' if self.sync.has_peers else 'in one process'}",
-                expected='one process and normalize="exact": its loss is one number for the whole macro-batch',
-                fix="use it in one process, or gather the representations in a loss of your own",
+                given=f"{self.policy}",
+                expected='normalize="exact": its loss is one number for the whole macro-batch',
+                fix='leave normalize at "exact"',
             )
         versions = _versions(micro_batches)
-        forward = self.update.precision.forward
-        loss_fn = self.loss_fn.over(self.model, [*micro_batches], before=before, forward=forward, device=self.device)
+        runs = [run[:2] for run in self._padded(((*each, False) for each in micro_batches), plan)]
+        loss_fn = self.loss_fn.over(
+            self.model,
+            runs,
+            before=before,
+            forward=self.update.precision.forward,
+            device=self.device,
+            among=self.sync.among,
+        )
         _check_unchanged(micro_batches, versions)
         return loss_fn
 
@@ -229,7 +242,7 @@ class Step:
                 return torch.tensor(result.loss, dtype=torch.float64, device=self.device)
             _check_unchanged(micro_batches, versions)
             before.restore()
-            loss_fn = self._loss_fn(micro_batches, before)
+            loss_fn = self._loss_fn(micro_batches, plan, before)
             tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan, loss_fn)
             lenient.finish(self.gradients, tally)
             loss = sum(loss for loss, _ in tally.read().values())

@@ -9,13 +9,17 @@ https://arxiv.org/abs/2101.06983):
 2. with graph:      L = loss(r_1 … r_K),   c_i = ∂L/∂r_i
 3. with graph:      r_i again, same dropout;   ∇ of <r_i, c_i>  accumulates to  ∇L
 ```
+
+Over ranks, the representations of all of them are put together between the first two steps. Each rank computes the
+whole loss, and goes on with the slopes of its own representations. Parameters of the loss get an equal part of their
+gradient from each rank with samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +29,7 @@ from macrobatch.core.loss import Loss
 from macrobatch.core.snapshot import RngStates, Snapshot, rng_states, set_rng_states
 from macrobatch.errors import ArgumentError, LossError
 
-__all__ = ["CoupledLoss", "TwoPass"]
+__all__ = ["Alone", "CoupledLoss", "Gathered", "TwoPass"]
 
 Encode = Callable[[Any, Any], Any]
 Couple = Callable[[Any], Tensor]
@@ -34,13 +38,14 @@ Couple = Callable[[Any], Tensor]
 class TwoPass:
     """A loss function for `TrainStep` and `accumulate` whose loss needs the whole macro-batch.
 
-    Equivalent plain code: `loss(encode(model, batch)).backward()`, at the price of a second forward.
+    Equivalent plain code: `loss(encode(model, batch)).backward()`, at the price of a second forward. Over ranks, the
+    batch is that of all ranks, in their order.
 
     Args:
         encode: `encode(model, micro_batch)` returns the representations of its samples: a tensor with one row per
             sample, or a tree of them (two towers).
         loss: from the representations of the whole macro-batch, in order, a 0-d tensor. It may use parameters of its
-            own, a temperature for one.
+            own, a temperature for one. Over ranks, all compute it, and have to come to the same.
 
     ```pycon
     >>> import torch.nn.functional as F
@@ -76,24 +81,42 @@ class TwoPass:
         before: Snapshot,
         forward: Callable[[], AbstractContextManager[Any]],
         device: torch.device,
+        among: Alone,
     ) -> CoupledLoss:
         """First pass over a window; returns the loss function of the second.
 
         Args:
             model: the module.
-            micro_batches: with their numbers of rows.
+            micro_batches: with their numbers of rows; those of 0 rows, which come last, run and count nothing.
             before: module buffers and generators at the window's start; the second pass begins from these buffers.
             forward: the precision's context.
             device: where the model lives.
+            among: the ranks.
         """
         states: list[RngStates] = []
         parts: list[Any] = []
-        with torch.no_grad():
-            for micro_batch, _ in micro_batches:
-                states.append(rng_states(device))
-                with forward():
-                    parts.append(self.encode(model, tree.to_device(micro_batch, device)))
-        representations = tree.map_tensors(_as_leaf, tree.cat(parts))
+        with among.together():
+            with torch.no_grad():
+                for micro_batch, _ in micro_batches:
+                    states.append(rng_states(device))
+                    with forward():
+                        parts.append(self.encode(model, tree.to_device(micro_batch, device)))
+            sizes = [num_rows for _, num_rows in micro_batches if num_rows]
+            rows = _checked(tree.cat(parts[: len(sizes)]), sum(sizes)) if sizes or not among.has_peers else None
+        gathered = among.gathered(rows)
+        with among.together():
+            loss, slopes = self._first(gathered, sizes, forward)
+        after = rng_states(device)
+        before.restore()
+        return CoupledLoss(self.encode, loss, slopes, gathered.sizes, generators=(states, after), device=device)
+
+    def _first(
+        self, gathered: Gathered, sizes: list[int], forward: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Tensor | None, list[Any]]:
+        """The loss, and its slopes along the representations of this rank's micro-batches."""
+        if gathered.rows is None:  # not a sample on any rank
+            return None, []
+        representations = tree.map_tensors(_as_leaf, gathered.rows)
         with forward():
             loss = self.loss(representations)
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad or not loss.is_floating_point():
@@ -106,10 +129,48 @@ class TwoPass:
         leaves = [leaf for leaf in tree.leaves(representations) if isinstance(leaf, Tensor) and leaf.requires_grad]
         slopes = iter(torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True))
         cached = tree.map_tensors(lambda r: next(slopes) if r.requires_grad else r, representations)
-        sizes = [num_rows for _, num_rows in micro_batches]
-        after = rng_states(device)
-        before.restore()
-        return CoupledLoss(self.encode, loss, tree.split(cached, sizes), states, after, device)
+        begin = sum(gathered.sizes[: gathered.rank])
+        return loss, tree.split(tree.select(cached, slice(begin, begin + sum(sizes))), sizes) if sizes else []
+
+
+class Gathered(NamedTuple):
+    """Representations of all ranks.
+
+    Attributes:
+        rows: one tree, in the order of ranks; None if no rank has any.
+        sizes: numbers of rows by rank.
+        rank: of this process.
+    """
+
+    rows: Any
+    sizes: list[int]
+    rank: int
+
+
+class Alone:
+    """One process; and what `over` asks of several."""
+
+    has_peers = False
+
+    def together(self) -> AbstractContextManager[Any]:
+        """A context at whose end all ranks hear whether it raised on one of them."""
+        return nullcontext()
+
+    def gathered(self, rows: tree.Flat | None) -> Gathered:
+        """Put the representations of all ranks together; None stands for those of a rank without samples."""
+        return Gathered(None, [0], 0) if rows is None else Gathered(rows.rebuild(rows.leaves), [rows.num_rows], 0)
+
+
+def _checked(representations: Any, num_samples: int) -> tree.Flat:
+    rows = tree.flatten(representations)
+    if rows.num_rows != num_samples:
+        raise LossError(
+            "TwoPass.encode",
+            given=f"{rows.num_rows} rows for {num_samples} samples",
+            expected="one row per sample in each representation",
+            fix="return what belongs to each sample, in order",
+        )
+    return rows
 
 
 def _as_leaf(representation: Tensor) -> Tensor:
@@ -124,45 +185,52 @@ def _as_leaf(representation: Tensor) -> Tensor:
     return representation.detach().requires_grad_(has_slope)
 
 
+def _zero(leaf: Any) -> Any:
+    return torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf
+
+
 class CoupledLoss:
     """Loss function of the second pass; to be called for the window's micro-batches in order.
 
     What it returns sums up to the coupled loss, in value and in gradient: micro-batch i of n_i samples returns the sum
     `n_i · L` over n_i samples, with the gradient of `N · <r_i, c_i>`. The parameters that the loss itself uses get
-    their part with the first micro-batch.
+    their part with the first micro-batch of each rank with samples.
     """
 
     def __init__(
         self,
         encode: Encode,
-        loss: Tensor,
+        loss: Tensor | None,
         slopes: list[Any],
-        states: list[RngStates],
-        after: RngStates,
+        sizes: list[int],
+        *,
+        generators: tuple[list[RngStates], RngStates],
         device: torch.device,
     ) -> None:
+        zero = torch.zeros((), device=device)
         self._encode = encode
-        self._loss: Tensor | None = loss
-        self._value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+        self._part = None if loss is None else loss / sum(size > 0 for size in sizes)
+        self._value = zero if loss is None else loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         self._slopes = slopes
-        self._states = states
-        self._after = after
+        self._states, self._after = generators
         self._device = device
-        self._num_samples = sum(map(tree.num_rows, slopes))
+        self._num_samples = sum(sizes)
         self._index = 0
 
     def __call__(self, model: Any, micro_batch: Any) -> Loss:
         index, self._index = self._index, self._index + 1
         set_rng_states(self._device, self._states[index])
         representations = tree.leaves(self._encode(model, micro_batch))
-        slopes = tree.leaves(self._slopes[index])
+        # A micro-batch that counts nothing still has to reach every parameter: its backward starts from zero.
+        is_spare = index >= len(self._slopes)
+        slopes = map(_zero, representations) if is_spare else tree.leaves(self._slopes[index])
         aligned = torch.zeros_like(self._value)
         for r, c in zip(representations, slopes, strict=True):
             if isinstance(r, Tensor) and r.requires_grad:
                 product = (r * c.conj()).real if r.is_complex() else r * c
                 aligned = aligned + product.sum(dtype=aligned.dtype)
-        if self._loss is not None:
-            aligned, self._loss = aligned + self._loss, None
+        if self._part is not None:
+            aligned, self._part = aligned + self._part, None
         if index == len(self._states) - 1:
             set_rng_states(self._device, self._after)
         num_rows = tree.num_rows(micro_batch)

@@ -80,6 +80,7 @@ class Plan(NamedTuple):
         expected: the window's weight, counted ahead, per term or for the only one.
         num_to_run: how many this rank has to run, if more than it has, with weight zero.
         spare: what to run then, if it has none.
+        is_coupled: ranks work together before their first backward, so that all of them have to begin.
     """
 
     num_micro_batches: int | None
@@ -87,3 +88,4 @@ class Plan(NamedTuple):
     expected: Mapping[str, Weight] | Weight | None = None
     num_to_run: int | None = None
     spare: Any = None
+    is_coupled: bool = False

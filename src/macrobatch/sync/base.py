@@ -9,6 +9,7 @@ from torch import nn
 
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.tally import Tally
+from macrobatch.core.twopass import Alone
 from macrobatch.core.weighting import Plan
 from macrobatch.ranks import Ranks
 
@@ -33,6 +34,12 @@ class Sync:
 
     overlaps = True
     """Whether it may work during the last backward; not where that may be a replay, which autograd knows nothing of."""
+
+    streams = True
+    """Whether a rank may begin a window without knowing how many micro-batches it has."""
+
+    among = Alone()
+    """How ranks put their representations together, where a loss couples the macro-batch."""
 
     widens = True
     """Whether 16-bit parameters may have gradients in float32."""

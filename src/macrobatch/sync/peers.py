@@ -14,8 +14,9 @@ from macrobatch import tree
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Weight, checked_counts
 from macrobatch.core.tally import NUM_SUMS, Tally
+from macrobatch.core.twopass import Alone, Gathered
 from macrobatch.core.weighting import Plan
-from macrobatch.errors import ArgumentError, LossError, PeerError
+from macrobatch.errors import ArgumentError, BatchError, LossError, PeerError
 from macrobatch.ranks import Ranks
 
 __all__ = ["Peers", "ranks_in", "sparing_buffers", "unlike"]
@@ -29,6 +30,16 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), str(tensor.dtype)
+
+
+def _is_cut(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def _without_rows(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty((0, *leaf.shape[1:]), dtype=leaf.dtype) if leaf.ndim else leaf.detach().cpu()
 
 
 def ranks_in(group: dist.ProcessGroup | None) -> Ranks:
@@ -57,13 +68,15 @@ def sparing_buffers(model: nn.Module, inner: AbstractContextManager[Any]) -> Gen
             buffer.copy_(value)
 
 
-class Peers:
+class Peers(Alone):
     """The ranks of a group, seen from one of them. Every method is a collective: all ranks call it, in one order.
 
     Args:
         group: the ranks; all of them by default.
         device: where numbers travel from: the parameters' device.
     """
+
+    has_peers = True
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
@@ -121,6 +134,66 @@ class Peers:
                 fix="look at the error of the rank that failed",
             )
         return round(longest)
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """A context at whose end all ranks hear whether it raised on one of them.
+
+        Raises:
+            PeerError: it did, on another one.
+        """
+        try:
+            yield
+        except Exception:
+            self.longest(None)
+            raise
+        self.longest(0)
+
+    def gathered(self, rows: tree.Flat | None) -> Gathered:
+        """Put trees of tensors with one row per sample together, in the order of ranks.
+
+        Args:
+            rows: of this rank; None if it has no samples.
+
+        Raises:
+            BatchError: on every rank, if they differ in structure, in dtype or in more than the number of rows.
+        """
+        mine = None if rows is None else rows.rebuild([_without_rows(leaf) for leaf in rows.leaves])
+        there: list[Any] = [None] * self.num
+        dist.all_gather_object(there, (mine, 0 if rows is None else rows.num_rows), group=self.group)
+        rank, sizes = dist.get_rank(self.group), [size for _, size in there]
+        trees = [(template, size) for template, size in there if size]
+        kinds = [[_kind(leaf) for leaf in tree.leaves(template) if isinstance(leaf, Tensor)] for template, _ in trees]
+        if any(kind != kinds[0] for kind in kinds):
+            raise BatchError(
+                "the representations",
+                given=f"by rank, without their rows, tensors of {kinds}",
+                expected="the same shapes and dtypes on every rank, but for the number of rows",
+                fix="return the same tree from encode on every rank",
+            )
+        if not trees:
+            return Gathered(None, sizes, rank)
+        mine = [] if rows is None else [leaf for leaf in rows.leaves if _is_cut(leaf)]
+        wholes = [
+            self._stacked(like, mine[index] if mine else None, sizes, rank)
+            for index, like in enumerate(leaf for leaf in tree.leaves(trees[0][0]) if _is_cut(leaf))
+        ]
+        parts = zip(*(whole.split([size for _, size in trees]) for whole in wholes), strict=True)
+        filled = []
+        for (template, _), part in zip(trees, parts, strict=True):
+            rest = iter(part)
+            filled.append(tree.map_tensors(lambda leaf, rest=rest: next(rest) if leaf.ndim else leaf, template))
+        return Gathered(tree.cat(filled), sizes, rank)
+
+    def _stacked(self, like: Tensor, mine: Tensor | None, sizes: list[int], rank: int) -> Tensor:
+        """The rows of all ranks, one below the other: a sum of what is zero but for one's own rows."""
+        whole = torch.zeros((sum(sizes), *like.shape[1:]), dtype=like.dtype, device=self.device)
+        if mine is not None:
+            begin = sum(sizes[:rank])
+            whole[begin : begin + sizes[rank]] = mine
+        numbers = torch.view_as_real(whole) if whole.is_complex() else whole
+        dist.all_reduce(numbers.view(torch.uint8) if whole.dtype == torch.bool else numbers, group=self.group)
+        return whole
 
     def summed(self, numbers: Sequence[float] | Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
         """Numbers added up over ranks (or reduced otherwise), in float64."""

@@ -8,7 +8,8 @@ failed) is in the header of the first buffer, which goes last: small models need
 
 While a bucket is under way its parameters' `.grad` is None. A gradient that comes late (a weight that two re-entrant
 checkpoints share, a second backward in one loss function) thus lands in a tensor of its own. All ranks hear of it
-through the header and add up the latecomers in a second round.
+through the header and add up the latecomers in a second round. What autograd has not put there is not one of them, and
+is refused.
 
 A rank whose set of trained parameters has changed says so, once, in what would be a window of the old set. Where all
 ranks say it, they compare their sets and go on; where not all do, all hear of it.
@@ -87,6 +88,7 @@ class ReplicatedSync(Sync):
         self._header: Tensor | None = None
         self._is_told = False
         self._unpredictable: set[int] = set()
+        self._late: set[int] = set()
         self._flying: list[tuple[_Bucket, dist.Work, Tensor | None]] = []
         self._peers: Peers | None = None
 
@@ -124,7 +126,7 @@ class ReplicatedSync(Sync):
         gradients.start()
         self._peers = peers = Peers(self._group, gradients.flats[0].storage.device)
         peers.check_layout(gradients, model)
-        self._model = model
+        self._model, self.among = model, peers
         tensors = [*(slot.param for slot in gradients.slots), *model.parameters(), *model.buffers()]
         peers.broadcast(tensors, spares_equal=True)
 
@@ -136,6 +138,10 @@ class ReplicatedSync(Sync):
         """One collective in the first window; later, only if weights are counted ahead."""
         assert self._peers is not None
         self._is_told = False
+        if plan.is_coupled:
+            self._peers.longest(plan.num_micro_batches)
+            if plan.num_micro_batches is None:
+                return plan
         return self._peers.plan(plan)
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
@@ -223,8 +229,12 @@ class ReplicatedSync(Sync):
         held = {home[param] for param in self._unpredictable if param in home} | {len(self._buckets) - 1}
 
         def ready(param: Tensor, *_: Any) -> None:
+            if home[id(param)] < len(self._flying):
+                self._late.add(id(param))
             waiting[home[id(param)]].discard(id(param))
             while (following := len(self._flying)) not in held and not waiting[following]:
+                if any(slot.param.grad is not slot.view for slot in self._buckets[following].slots):
+                    return  # somebody has set it, which `collect` refuses
                 for slot in self._buckets[following].slots:
                     slot.param.grad = None
                 self._send(self._buckets[following])
@@ -248,13 +258,18 @@ class ReplicatedSync(Sync):
         self._flying.append((bucket, work, wire))
 
     def _latecomers(self) -> list[tuple[Slot, Tensor]]:
-        """Gradients that arrived after their bucket had left. Every `.grad` is its view again."""
+        """Gradients that arrived after their bucket had left. Every `.grad` is its view again, but those that came from
+        elsewhere."""
         late: list[tuple[Slot, Tensor]] = []
         for bucket, *_ in self._flying:
             for slot in bucket.slots:
-                grad, slot.param.grad = slot.param.grad, slot.view
+                grad = slot.param.grad
+                if grad is not None and id(slot.param) not in self._late:
+                    continue
+                slot.param.grad = slot.view
                 if grad is not None:
                     late.append((slot, grad))
+        self._late.clear()
         return late
 
     def _add_latecomers(self, gradients: GradientBuffer, late: list[tuple[Slot, Tensor]]) -> None:

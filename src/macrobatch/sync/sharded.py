@@ -80,6 +80,7 @@ class ShardedSync(Sync):
     """
 
     has_peers = True
+    streams = False
 
     def __init__(
         self,
@@ -125,7 +126,8 @@ class ShardedSync(Sync):
                 fix="call fully_shard on the whole model too, after its blocks",
             )
         device = gradients.flats[0].storage.device
-        self._model, self._peers = model, Peers(self._group, device)
+        self._model = model
+        self._peers = self.among = Peers(self._group, device)
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)
             if device.type == "cpu":  # gloo cannot multiply while it sums

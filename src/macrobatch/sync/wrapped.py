@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
-from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
@@ -39,6 +40,7 @@ class WrappedSync(Sync):
     """
 
     has_peers = True
+    streams = False
     widens = False
 
     def __init__(self, *, cross_check: bool = True) -> None:
@@ -48,6 +50,10 @@ class WrappedSync(Sync):
         self._num_own = math.inf  # micro-batches of this rank that are to come in a window that lends it others
         self._runs_alike = False
         self._syncs_always = False
+        self._watches = False
+        self._watched: list[Slot] = []
+        self._hooks: list[RemovableHandle] = []
+        self._seen: set[int] = set()  # parameters that an own micro-batch used
 
     def ranks(self, model: nn.Module) -> Ranks:
         """This process in the group."""
@@ -64,6 +70,7 @@ class WrappedSync(Sync):
             group = model.process_group
             # In its first iteration a static graph is recorded by the hooks that no_sync leaves out (pytorch 143580).
             self._syncs_always = self._runs_alike = model.static_graph
+            self._watches = model.find_unused_parameters or model.static_graph
         elif isinstance(model, FullyShardedDataParallel):
             shards = _shards_by_parameter(model)
             if not all(id(param) in shards for param in model.parameters() if param.requires_grad):
@@ -92,13 +99,13 @@ class WrappedSync(Sync):
             )
         gradients.start()
         self._model = model
-        self._peers = Peers(group, gradients.flats[0].storage.device)
+        self._peers = self.among = Peers(group, gradients.flats[0].storage.device)
 
     def plan(self, plan: Plan) -> Plan:
         """At least one micro-batch on every rank: the reduction is in its backward."""
         assert self._peers is not None
         num_to_run = plan.num_micro_batches or 0
-        if self._runs_alike:
+        if self._runs_alike or plan.is_coupled:
             num_to_run = self._peers.longest(plan.num_micro_batches)
             if plan.num_micro_batches is None:
                 return plan
@@ -113,6 +120,8 @@ class WrappedSync(Sync):
             for slot in gradients.slots:
                 if slot.param.grad is slot.view:
                     slot.param.grad = None
+        if self._watches and self._watched is not gradients.slots:
+            self._watch(gradients.slots)
         self._num_own -= 1
         syncs = is_last or self._syncs_always
         context = super().micro_batch(gradients, is_last=is_last) if syncs else self._model.no_sync()
@@ -128,12 +137,29 @@ class WrappedSync(Sync):
         if self._syncs_always:
             self._syncs_always = self._runs_alike = False
         gradients.collect(adopts=True)
+        if self._watches:
+            for slot in gradients.slots:
+                slot.used = id(slot.param) in self._seen
+            self._seen.clear()
         gradients.scale_(float(self._peers.num))
         source = self._peers.add_up(gradients, tally)
         self._peers.broadcast(self._model.buffers(), source=source)
         if self._cross_check:
             self._cross_check = False
             self._peers.check_replicas(gradients)
+
+    def _watch(self, slots: list[Slot]) -> None:
+        """Note which parameters get gradients. Afterwards it is not to be seen: a bucket has zeros for those that were
+        not used, and a borrowed micro-batch leaves zeros in those that it used."""
+
+        def note(param: Tensor) -> None:
+            if self._num_own >= 0:
+                self._seen.add(id(param))
+
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [slot.param.register_post_accumulate_grad_hook(note) for slot in slots]
+        self._watched = slots
 
 
 def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
