@@ -31,7 +31,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 F64 = torch.float64
 SMALL = 128  # bytes: a bucket of a weight or two, so that small models have several
-IMPATIENT_S = 8.0  # for what is known to leave ranks waiting; twice as long as one collective may take
+IMPATIENT_S = 20.0  # for what would leave ranks waiting if it failed
 
 
 def rows(num: int, *, seed: int = 0) -> Tensor:

@@ -23,7 +23,7 @@ from tests.sync.windows import EXACT, WRONG, off_from_alone, run, same_everywher
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-IMPATIENT_S = 30.0  # for what would leave ranks waiting if it failed
+IMPATIENT_S = 20.0  # for what would leave ranks waiting if it failed
 F64 = torch.float64
 STRATEGIES = ["replicated", "sharded", "wrapped", "FSDP1"]
 SHARES = {  # samples, by window and rank

@@ -22,6 +22,8 @@ from typing import Any
 
 __all__ = ["RankError", "RankPool"]
 
+_START_S = 60.0
+
 
 class RankError(AssertionError):
     """A job failed on one or more ranks; the text has their tracebacks."""
@@ -116,6 +118,9 @@ class RankPool:
             theirs.close()
             self._members.append((process, ours))
         atexit.register(self.close)  # runs before multiprocessing waits for what is left
+        for _, pipe in self._members:  # on a busy machine, longer than a job may take
+            if not pipe.poll(2 * _START_S) or pipe.recv() is not None:
+                raise RankError(f"no group of {self.world_size} ranks within {2 * _START_S:.0f} s")
 
 
 def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend: str, pipe: Connection) -> None:
@@ -125,13 +130,17 @@ def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    store = dist.FileStore(str(meeting), world_size)  # pyright: ignore[reportPrivateImportUsage]
+    store.set(f"started {rank}", "")
+    store.wait([f"started {other}" for other in range(world_size)], timedelta(seconds=_START_S))
     dist.init_process_group(
         backend,
-        init_method=meeting.as_uri(),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s / 2),
     )
+    pipe.send(None)
     modules: dict[str, ModuleType] = {}
     while True:
         try:
