@@ -704,3 +704,30 @@ def ranks_of_a_group() -> list[int]:
 
 def test_loader_of_a_step_makes_shares_for_the_ranks_of_its_sync(ranks):
     assert ranks(4).run(ranks_of_a_group) == [[4, 8]] * 4
+
+
+# --- cross-check ---
+
+
+def unlike_replicas(cross_check: bool) -> str:
+    """The first replica of a hybrid mesh begins with another parameter, in the shard of rank 0."""
+    model = shard(layers(), "hybrid")
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            model[0].weight.to_local()[0, 0] += 0.01
+    sync = ShardedSync(cross_check=cross_check)
+    step = mb.TrainStep(model, SGD(model.parameters(), lr=0.1), mean_square, micro_batch=2, sync=sync)
+    try:
+        step(torch.ones(4, 8, dtype=F64))
+    except mb.errors.PeerError as error:
+        return error.what
+    return "passed"
+
+
+def test_cross_check_replicas_of_a_hybrid_mesh_that_differ_are_refused_on_all(ranks):
+    said = ranks(4).run(unlike_replicas, True)
+    assert said == ["the parameters of the first window", "the window"] * 2
+
+
+def test_cross_check_off_lets_them_pass(ranks):
+    assert ranks(4).run(unlike_replicas, False) == ["passed"] * 4

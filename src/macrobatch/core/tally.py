@@ -147,15 +147,16 @@ class Tally:
             return {name: weight for name, (weight, _) in self._everywhere.items()}
         return {name: summed(term.weights) for name, term in self.terms.items()}
 
-    def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What other ranks need of this one's tally, as `NUM_SUMS` numbers that may be added up over ranks.
+    def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor | list[float]:
+        """What other ranks need of this one's tally, as `NUM_SUMS` numbers that may be added up over ranks: a list if
+        the device is the host.
 
         For the rank: whether it has terms, how many, a checksum of their names, whether their scale is a power of two.
         For each term: its weight, the sum of its losses, its micro-batches with weight, the sum of their means. A
         weight is cut into digits of 12 bits, which float32 adds up exactly over 4,096 ranks, and a fraction.
         """
         if not self.terms:
-            return torch.zeros(NUM_SUMS, dtype=dtype, device=device)
+            return [0.0] * NUM_SUMS
         if len(self.terms) > _MAX_TERMS:
             raise LossError(
                 "the loss",
@@ -167,7 +168,7 @@ class Tally:
         head = [1.0, float(len(self.terms)), _checksum(self.terms), float(rounded)]
         if device.type == "cpu":
             numbers = head + [number for term in self.terms.values() for number in term.sums_on_host()]
-            return torch.tensor(numbers + [0.0] * (NUM_SUMS - len(numbers)), dtype=dtype)
+            return numbers + [0.0] * (NUM_SUMS - len(numbers))
         sums = [torch.tensor(head, dtype=torch.float64, device=device)]
         sums += [term.sums(device) for term in self.terms.values()]
         return F.pad(torch.cat(sums), (0, NUM_SUMS - _HEAD - _PER_TERM * len(self.terms))).to(dtype)

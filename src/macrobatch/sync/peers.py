@@ -19,7 +19,7 @@ from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, BatchError, LossError, PeerError
 from macrobatch.ranks import Ranks
 
-__all__ = ["Peers", "ranks_in", "sparing_buffers", "unlike"]
+__all__ = ["Peers", "joined", "ranks_in", "sparing_buffers", "unlike"]
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,14 @@ def _without_rows(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return torch.empty((0, *leaf.shape[1:]), dtype=leaf.dtype) if leaf.ndim else leaf.detach().cpu()
+
+
+def joined(parts: Iterable[Tensor | list[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host and of the device, one behind the other; those of the host cost one tensor where all are."""
+    parts = list(parts)
+    if not any(isinstance(part, Tensor) for part in parts):
+        return torch.tensor([number for part in parts for number in part], dtype=dtype, device=device)
+    return torch.cat([torch.as_tensor(part, dtype=dtype, device=device) for part in parts])
 
 
 def ranks_in(group: dist.ProcessGroup | None) -> Ranks:
@@ -251,8 +259,7 @@ class Peers(Alone):
         begin = NUM_SUMS + self.num
         flags = [0.0] * self.num + [float(slot.used) for slot in gradients.slots]
         flags[dist.get_rank(self.group)] = float(bool(tally.terms))
-        flags_there = torch.tensor(flags, dtype=torch.float64, device=self.device)
-        numbers = self.summed(torch.cat([tally.pack(torch.float64, self.device), flags_there]))
+        numbers = self.summed(joined([tally.pack(torch.float64, self.device), flags], torch.float64, self.device))
         for slot, uses in zip(gradients.slots, numbers[begin:], strict=True):
             slot.used = uses > 0
         tally.absorb(numbers[:NUM_SUMS])

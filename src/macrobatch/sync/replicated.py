@@ -36,7 +36,7 @@ from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, GradientError, PeerError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
-from macrobatch.sync.peers import Peers, ranks_in, unlike
+from macrobatch.sync.peers import Peers, joined, ranks_in, unlike
 
 __all__ = ["ReplicatedSync"]
 
@@ -324,13 +324,10 @@ class ReplicatedSync(Sync):
 
     def _fill_header(self, gradients: GradientBuffer, tally: Tally | None, late: list[tuple[Slot, Tensor]]) -> None:
         header = gradients.flats[0].header
+        flags = [float(tally is None), float(bool(late)), 0.0]
         used = [float(slot.used and tally is not None) for slot in gradients.slots]
-        flags = torch.tensor(
-            [float(tally is None), float(bool(late)), 0.0, *[0.0] * NUM_SUMS, *used], dtype=header.dtype
-        )
-        header[: len(flags)] = flags.to(header.device)
-        if tally is not None:
-            header[_SUMS : _SUMS + NUM_SUMS] = tally.pack(header.dtype, header.device)
+        sums = [0.0] * NUM_SUMS if tally is None else tally.pack(header.dtype, header.device)
+        header[: _SUMS + NUM_SUMS + len(used)] = joined([flags, sums, used], header.dtype, header.device)
 
 
 def _places(slots: list[Slot]) -> list[tuple[int, int, torch.dtype]]:

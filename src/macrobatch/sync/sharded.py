@@ -77,6 +77,8 @@ class ShardedSync(Sync):
             window, with the optimizer's state in place, left free.
         memory_limit_bytes: what may be used per rank; None means the device's memory, less a tenth.
         group: the ranks over which the macro-batch is spread; all of them by default.
+        cross_check: after the first window, compare a checksum of gradients and parameters over the replicas of a
+            hybrid mesh. `fully_shard` makes nobody's parameters equal.
     """
 
     has_peers = True
@@ -88,7 +90,9 @@ class ShardedSync(Sync):
         policy: Policy | None = None,
         memory_limit_bytes: int | None = None,
         group: dist.ProcessGroup | None = None,
+        cross_check: bool = True,
     ) -> None:
+        self._cross_check = cross_check
         self.policy = _LEANEST if policy is None else policy
         self._num_lean = None if policy is not None else 0
         self._limit = memory_limit_bytes
@@ -172,10 +176,31 @@ class ShardedSync(Sync):
         source = self._peers.add_up(gradients, tally)
         assert self._model is not None
         self._peers.broadcast(self._model.buffers(), source=source)
+        if self._cross_check:
+            self._cross_check = False
+            self._check_replicas(gradients.slots, self._peers)
         if self._num_lean is not None:
             self._num_lean += 1
             if self._num_lean == 2:
                 self._choose(gradients.slots)
+
+    def _check_replicas(self, slots: list[Slot], peers: Peers) -> None:
+        """Refuse replicas of a shard that differ, on all ranks together."""
+        by_group: dict[dist.ProcessGroup, list[Slot]] = {}
+        for slot in slots:
+            param: Any = slot.param
+            for axis, placement in enumerate(param.placements):
+                if placement.is_replicate():
+                    by_group.setdefault(param.device_mesh.get_group(axis), []).append(slot)
+        if not by_group:
+            return
+        with peers.together():
+            for group, members in by_group.items():
+                params: list[Any] = [slot.param for slot in members]
+                sums = [param.detach().to_local().abs().sum(dtype=torch.float64) for param in params]
+                squares = [slot.local.detach().abs().square().sum(dtype=torch.float64) for slot in members]
+                checksums = {"parameters": torch.stack(sums).sum(), "gradients": torch.stack(squares).sum()}
+                Peers(group, peers.device).check_alike(checksums)
 
     def _choose(self, slots: list[Slot]) -> None:
         """After two lean windows: the fastest policy that fits into what they left free, on every rank."""
