@@ -374,20 +374,21 @@ class Contrastive(nn.Module):
         return y + self.extra(y) if dist.get_rank() == 0 else y
 
 
-def collectives_in_the_backward(overlap: bool) -> tuple[float, bool]:
+def collectives_in_the_backward(how: str) -> tuple[float, bool]:
     model = Contrastive()
-    sync = ReplicatedSync(bucket_bytes=SMALL, overlap=overlap)
+    group = dist.new_group() if how == "a group of their own" else None
+    sync = ReplicatedSync(bucket_bytes=SMALL, overlap=how != "afterwards", group=group)
     step = mb.TrainStep(model, SGD(model.parameters(), lr=0.0), mean_square, micro_batch=2, sync=sync)
     norms = [float(step(rows(4, seed=dist.get_rank())).grad_norm) for _ in range(3)]
     return norms[-1], len(set(norms)) == 1 and same_everywhere(norms)
 
 
-@pytest.mark.xfail(reason="a loss with collectives of its own needs overlap=False (known limit)")
-def test_loss_with_collectives_in_its_backward_does_not_mix_with_the_buckets(ranks):
-    patient = ranks(2, IMPATIENT_S)
-    (without, _), _ = patient.run(collectives_in_the_backward, False)
-    for norm, same in patient.run(collectives_in_the_backward, True):
-        assert norm == pytest.approx(without, rel=EXACT)
+def test_loss_with_collectives_in_its_backward_does_not_mix_with_buckets_of_another_group_or_time(ranks):
+    """In one group they mix: what leaves first differs from rank to rank (a known limit, documented)."""
+    (after, same), _ = ranks(2, IMPATIENT_S).run(collectives_in_the_backward, "afterwards")
+    assert same
+    for norm, same in ranks(2, IMPATIENT_S).run(collectives_in_the_backward, "a group of their own"):
+        assert norm == pytest.approx(after, rel=EXACT)
         assert same
 
 

@@ -1,4 +1,5 @@
 """A rank that fails under `ReplicatedSync`: the others hear of it, nothing has changed anywhere, and training goes on.
+Under the other strategies, whose collectives are in the forward and backward, the others end by the group's timeout.
 
 Every job ends in bounded time: a rank that waits for one that does not come makes the collective, and the test, fail.
 """
@@ -12,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import macrobatch as mb
@@ -519,3 +523,43 @@ def counts_disagree(kind: str) -> list[str | None]:
 @pytest.mark.parametrize("kind", ["names", "numbers"])
 def test_counts_that_do_not_fit_the_loss_on_one_rank_are_refused_on_all(ranks, kind):
     assert ranks(2).run(counts_disagree, kind) == [["LossError"] * 2] * 2
+
+
+# --- strategies that cannot tell ---
+
+
+def left_alone(strategy: str, where: str) -> None:
+    """Rank 1 fails in its second micro-batch, and lives on without a word."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    if strategy == "sharded":
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    elif strategy == "DDP":
+        model = DistributedDataParallel(model)
+    else:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    fails = dist.get_rank() == 1
+    num_seen = [0]
+
+    def blow(grad: Tensor) -> Tensor:
+        if fails and num_seen[0] == 2:
+            raise Boom
+        return grad
+
+    def loss_fn(model: Any, x: Tensor) -> Tensor:
+        num_seen[0] += 1
+        if where == "forward":
+            blow(x)
+        return Fuse.apply(model(x), blow).square().mean()  # pyright: ignore[reportOptionalMemberAccess]
+
+    mb.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=2)(rows(4, seed=dist.get_rank()))
+
+
+@pytest.mark.parametrize(("strategy", "where"), [("sharded", "forward"), ("FSDP1", "backward"), ("DDP", "backward")])
+def test_error_on_one_rank_ends_the_other_by_the_group_s_timeout(ranks, strategy, where):
+    (ok_0, text_0), (ok_1, text_1) = ranks(2, 16.0).outcomes(left_alone, strategy, where)  # a group's is half of it
+    assert not ok_0
+    assert not ok_1
+    assert "Boom" in text_1
+    assert "Traceback" in text_0  # it did not hang
+    assert "Timed out" in text_0
