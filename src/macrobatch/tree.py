@@ -18,7 +18,19 @@ from torch import Tensor
 
 from macrobatch.errors import ArgumentError, BatchError
 
-__all__ = ["Flat", "cat", "flatten", "leaves", "map_tensors", "num_rows", "select", "split", "structure", "to_device"]
+__all__ = [
+    "Flat",
+    "cat",
+    "flatten",
+    "is_on",
+    "leaves",
+    "map_tensors",
+    "num_rows",
+    "select",
+    "split",
+    "structure",
+    "to_device",
+]
 
 T = TypeVar("T")
 Rebuild = Callable[[Sequence[Any]], Any]
@@ -140,13 +152,18 @@ def map_tensors(function: Callable[[Tensor], Any], batch: T) -> T:
     return rebuild([_mapped(function, leaf) for leaf in values])
 
 
+def is_on(batch: Any, device: torch.device) -> bool:
+    """Whether all tensors of a batch are on a device, given with its index."""
+    return all(_is_on(device, leaf) for leaf in leaves(batch))
+
+
 def to_device(batch: T, device: torch.device) -> T:
     """The batch with all its tensors on a device; itself if they are there already, or if the device is the host.
 
     From host memory to an accelerator the copy is pinned and non-blocking, so that it overlaps with the work queued
     there (https://docs.pytorch.org/tutorials/intermediate/pinmem_nonblock.html).
     """
-    if device.type == "cpu" or all(_is_on(device, leaf) for leaf in leaves(batch)):
+    if device.type == "cpu" or is_on(batch, device):
         return batch
 
     def move(tensor: Tensor) -> Tensor:
