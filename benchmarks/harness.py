@@ -111,7 +111,7 @@ def error_text(error: BaseException) -> str:
 
 def quartiles(values: Sequence[float], *, digits: int = 4) -> Quartiles:
     """Lower quartile, median and upper quartile of at least two values."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")  # the other one extrapolates
     return round(low, digits), round(middle, digits), round(high, digits)
 
 

@@ -273,12 +273,12 @@ def main() -> None:
     rows = report(folder, kind=kind)
     path = folder / f"suite-{kind}.json"
     path.write_text(json.dumps({"machine": machine(), "outcomes": outcomes, "rows": rows}, indent=1) + "\n")
-    draw(
-        path.with_suffix(".png"), list(panels(rows)), title=next((row["gpu"] for row in rows if row.get("gpu")), "CPU")
-    )
     print(f"\n{table(rows)}\n")
     for outcome in outcomes:
         print(f"{outcome['script']} {' '.join(outcome['arguments'])}: {outcome['outcome']} in {outcome['seconds']} s")
+    draw(
+        path.with_suffix(".png"), list(panels(rows)), title=next((row["gpu"] for row in rows if row.get("gpu")), "CPU")
+    )
     print(f"written to {path}")
 
 
