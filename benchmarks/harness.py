@@ -23,6 +23,7 @@ __all__ = [
     "error_text",
     "grid",
     "in_turns",
+    "is_ours",
     "machine",
     "paired",
     "quartiles",
@@ -193,7 +194,7 @@ def _draw(path: Path, title: str, panels: Panels) -> None:
             [middle - low for low, middle, _ in bars.values()],
             [high - middle for _, middle, high in bars.values()],
         ]
-        colors = ["tab:blue" if _is_ours(name) else "tab:gray" for name in bars]
+        colors = ["tab:blue" if is_ours(name) else "tab:gray" for name in bars]
         drawn = axes.barh(places, medians, xerr=reach, color=colors, ecolor="black")
         axes.bar_label(drawn, fmt="%.4g", padding=4)
         axes.margins(x=0.15)
@@ -203,8 +204,9 @@ def _draw(path: Path, title: str, panels: Panels) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _is_ours(name: str) -> bool:
-    return name.split(": ")[-1].startswith(("macrobatch", "TrainStep"))
+def is_ours(name: str) -> bool:
+    """Whether a contender is macrobatch's."""
+    return "macrobatch" in name or "TrainStep" in name
 
 
 def _wait() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import Row, machine
+from harness import Row, is_ours, machine
 from pictures import Bar, Panel, draw
 
 HERE = Path(__file__).parent
@@ -99,8 +99,8 @@ class Aim(NamedTuple):
 
     Attributes:
         file: whose rows it looks at, by the start of its name.
-        rows: from what is in the file, the rows that may take part.
-        ours: by its name, whether a row is one of the contenders that the aim is for; the best one counts.
+        rows: from what is in the file, the rows to show.
+        ours: by its name, whether a row of macrobatch is one that the aim is for; the best one counts.
         value: of a row, its quartiles.
         least: at least this much, or, if `is_ratio`, at most.
         most_gib: peak memory, if it is part of the aim.
@@ -117,37 +117,40 @@ class Aim(NamedTuple):
     most_gib: float | None = None
 
 
-def _works(name: str) -> Callable[[Any], list[Row]]:
-    return lambda found: found["results"].get(name, [])
+def _given(work: str) -> Callable[[Any], list[Row]]:
+    """Rows whose micro-batch was given."""
+    return lambda found: [row for row in found["results"].get(work, []) if "free" not in row["name"]]
 
 
-def _given(name: str) -> bool:
-    return name.startswith(("macrobatch", "TrainStep")) and "free" not in name
+def _free(work: str) -> Callable[[Any], list[Row]]:
+    """Rows of macrobatch that were free to choose; of others, all."""
+    rows = lambda found: found["results"].get(work, [])  # noqa: E731
+    return lambda found: [row for row in rows(found) if "free" in row["name"] or not is_ours(row["name"])]
 
 
-def _free(name: str) -> bool:
-    return name.startswith("TrainStep") and "free" in name
+def _at_door(name: str) -> bool:
+    return "accelerate door" in name
 
 
 AIMS = (
     Aim(
         "GPT-2 124M, T 1024, window 64, micro-batch 2, the accelerate door",
         "doors",
-        _works("gpt124"),
-        lambda name: "accelerate door" in name,
+        _given("gpt124"),
+        _at_door,
         300e3,
         "tokens/s",
     ),
-    Aim("the same, TrainStep, free to plan", "doors", _works("gpt124"), _free, 540e3, "tokens/s"),
-    Aim("ResNet-18, window 256, micro-batch 8", "doors", _works("resnet18"), _given, 3.9e3, "images/s"),
-    Aim("the same, free to plan", "doors", _works("resnet18"), _free, 19e3, "images/s"),
-    Aim("6-layer ViT-tiny, micro-batch 8", "doors", _works("vit"), _given, 6.5e3, "images/s"),
-    Aim("MLP 3072-512-512-10, micro-batch 8", "doors", _works("mlp"), _given, 90e3, "images/s"),
+    Aim("the same, TrainStep, free to plan", "doors", _free("gpt124"), is_ours, 540e3, "tokens/s"),
+    Aim("ResNet-18, window 256, micro-batch 8", "doors", _given("resnet18"), is_ours, 3.9e3, "images/s"),
+    Aim("the same, free to plan", "doors", _free("resnet18"), is_ours, 19e3, "images/s"),
+    Aim("6-layer ViT-tiny, micro-batch 8", "doors", _given("vit"), is_ours, 6.5e3, "images/s"),
+    Aim("MLP 3072-512-512-10, micro-batch 8", "doors", _given("mlp"), is_ours, 90e3, "images/s"),
     Aim(
         "log-normal lengths, window 512",
         "lengths",
         lambda found: found["rows"],
-        lambda name: name.startswith("macrobatch"),
+        is_ours,
         300e3,
         "real tokens/s",
         lambda row: row["tokens_per_s"],
@@ -166,7 +169,7 @@ AIMS = (
         "GPT-2 on 2 GPUs, micro-batch 4",
         "ranks-gpt124",
         lambda found: [row for row in found["rows"] if row["micro_batch"] == 4] or found["rows"],
-        lambda name: name.startswith("macrobatch"),
+        is_ours,
         800e3,
         "tokens/s",
         lambda row: row["per_s"],
@@ -188,14 +191,14 @@ def report(folder: Path, *, kind: str) -> list[Row]:
             row for row in aim.rows(found) if not row.get("problem") and not row.get("error_text", row.get("why"))
         ]
         usable = [row for row in usable if not isinstance(row.get("error"), str)]
-        ours = [row for row in usable if aim.ours(row["name"])]
+        ours = [row for row in usable if is_ours(row["name"]) and aim.ours(row["name"])]
         if not ours:
             problems = [row for row in aim.rows(found) if aim.ours(row["name"])]
             text = next((str(row.get("problem") or row.get("error")) for row in problems), "not measured")
             rows.append({"work": aim.work, "problem": text})
             continue
         best = (min if aim.is_ratio else max)(ours, key=lambda row: aim.value(row)[1])
-        others = [row for row in usable if not row["name"].split(": ")[-1].startswith(("macrobatch", "TrainStep"))]
+        others = [row for row in usable if not is_ours(row["name"])]
         value = aim.value(best)
         rows.append(
             {
