@@ -52,9 +52,10 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     colors = [_OURS if bar.is_ours else _OTHERS for bar in bars]
     axes.barh(range(len(bars)), medians, xerr=reach, color=colors, error_kw={"ecolor": _INK, "elinewidth": 1})
     most = max([*(bar.value[2] for bar in bars), panel.aim or 0.0])
+    label: dict[str, Any] = {"va": "center", "fontsize": 7, "color": _INK, "zorder": 5}
+    label["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
     for place, bar in enumerate(bars):
-        axes.text(bar.value[2] + 0.01 * most, place, f"{bar.value[1]:.4g}", va="center", fontsize=7, color=_INK, zorder=5,
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
+        axes.text(bar.value[2] + 0.01 * most, place, f"{bar.value[1]:.4g}", **label)
     if panel.aim is not None:
         axes.axvline(panel.aim, color=_AIM, linestyle="--", linewidth=1.2)
         sign = "≤" if panel.is_ratio else "≥"
