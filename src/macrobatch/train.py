@@ -88,8 +88,8 @@ class TrainStep:
         global_batch: samples of a full macro-batch over all ranks, any integer >= 1; what `loader` makes shares of.
         capture: how micro-batches run on a GPU without the cost of launching each kernel. "graph" records forward and
             backward once for each form of micro-batch as a CUDA graph, and replays it; "auto" does so too, but trusts
-            a recording only after a window in which it agreed with eager runs; "compile" runs `loss_fn` through
-            torch.compile, which also fuses kernels. What cannot be captured runs eagerly, with a line in the log that
+            a recording only after a window in which it agreed with eager runs; "compile" also puts `loss_fn` through
+            torch.compile, which fuses kernels. What cannot be captured runs eagerly, with a line in the log that
             says why. None, the default, runs eagerly. See docs/capture.md.
 
         fused_linear: let the matrix products of `nn.Linear` layers in bf16 or fp16 add their weight gradients to the

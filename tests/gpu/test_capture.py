@@ -21,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
+import macrobatch.colossalai as colossalai
 from macrobatch import tree
+from macrobatch.accelerate import Accelerator
+from macrobatch.accelerate.utils import TorchDynamoPlugin
+from macrobatch.colossalai.core import global_context as gpc
+from macrobatch.plan.capture import compile_forward
 from macrobatch.plan.graphs import Graphs
 from macrobatch.testing.models import CASES, Case
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
@@ -450,13 +455,26 @@ def test_compiled_window_equals_full_batch(kind, lines):
     case, reference = case_of(kind, torch.float32)
     optimizer = torch.optim.SGD(case.model.parameters(), lr=0.0)
     step = mb.TrainStep(case.model, optimizer, case.loss_fn, micro_batch=1, capture="compile")
-    losses = []
-    for _ in range(5):
-        result = step.window(tree.split(case.batch, SIZES))
-        losses.append(result)
+    results = []
+    for _ in range(6):
+        results.append(step.window(tree.split(case.batch, SIZES)))
         assert relative_error(gradients_of(case.model), reference) <= 1e-6
-    assert [result.loss for result in losses] == pytest.approx([losses[0].loss] * 5, rel=1e-5)  # copied out in time
+    assert [result.loss for result in results] == pytest.approx([results[0].loss] * 6, rel=1e-5)  # copied out in time
     assert lines() == []
+    assert step._step.micro_step.num_recordings == 2  # type: ignore[attr-defined]
+
+
+def test_compiled_dropout_draws_anew_in_every_replay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = mb.TrainStep(model, optimizer, lambda m, x: m(x).square().mean(), micro_batch=2, capture="compile")
+    x = torch.ones(2, 4, device="cuda")
+    assert len({step(x).loss for _ in range(8)}) == 8
+    state = torch.cuda.get_rng_state()
+    first = [step(x).loss for _ in range(3)]
+    torch.cuda.set_rng_state(state)
+    assert [step(x).loss for _ in range(3)] == first
 
 
 def error_by_hand(model: nn.Module, x: Tensor, y: Tensor, *, keeps_gradients: bool) -> float:
@@ -491,7 +509,58 @@ def test_reduce_overhead_needs_persistent_gradients():
     torch._dynamo.reset()
     assert error_by_hand(copy.deepcopy(model), x, y, keeps_gradients=True) <= 1e-6
     torch._dynamo.reset()
-    step = mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), classes, micro_batch=4, capture="compile")
+    compile_forward(model, {"mode": "reduce-overhead"})
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return classes(model, batch)
+
+    step = mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, micro_batch=4)
     for _ in range(5):
         step((x, y))
         assert relative_error(gradients_of(model), reference) <= 1e-6
+
+
+def test_accelerator_with_reduce_overhead():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 64), nn.GELU(), nn.Linear(64, 3)).cuda()
+    x, y = batches(1, 16)[0]
+    reference = full_batch_gradient(model, classes, (x, y))
+    plugin = TorchDynamoPlugin(backend="inductor", mode="reduce-overhead")
+    accelerator = Accelerator(gradient_accumulation_steps=4, dynamo_plugin=plugin)
+    seen: dict[str, Tensor | None] = {}
+    plain = torch.optim.SGD(model.parameters(), lr=0.0)
+    plain.register_step_pre_hook(lambda *_: seen.update(gradients_of(model)))
+    model, optimizer = accelerator.prepare(model, plain)
+    kept = []
+    for _ in range(5):
+        for part in zip(x.chunk(4), y.chunk(4), strict=True):
+            with accelerator.accumulate(model):
+                kept.append(model(part[0]))
+                accelerator.backward(F.cross_entropy(kept[-1], part[1]))
+                optimizer.step()
+                optimizer.zero_grad()
+        assert relative_error(seen, reference) <= 1e-6
+    first, last = torch.cat(kept[:4]), torch.cat(kept[-4:])
+    torch.testing.assert_close(first, last, rtol=1e-5, atol=1e-6)  # what the model returned is not overwritten
+
+
+def test_engine_with_reduce_overhead():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 64), nn.GELU(), nn.Linear(64, 3)).cuda()
+    x, y = batches(1, 16)[0]
+    reference = full_batch_gradient(model, classes, (x, y))
+    gpc.load_config({"gradient_accumulation": 4, "torch_compile": {"mode": "reduce-overhead"}})
+    try:
+        seen: dict[str, Tensor | None] = {}
+        plain = torch.optim.SGD(model.parameters(), lr=0.0)
+        plain.register_step_pre_hook(lambda *_: seen.update(gradients_of(model)))
+        engine, *_ = colossalai.initialize(model, plain, nn.CrossEntropyLoss(), verbose=False)
+        for _ in range(5):
+            for part in zip(x.chunk(4), y.chunk(4), strict=True):
+                engine.zero_grad()
+                engine.backward(engine.criterion(engine(part[0]), part[1]))
+                engine.step()
+            assert relative_error(seen, reference) <= 1e-6
+    finally:
+        gpc.destroy()

@@ -63,7 +63,9 @@ def captured(loss_fn: LossFn, capture: object, device: torch.device) -> Captured
     if isinstance(capture, MicroStep):
         return Captured(loss_fn, capture, replays=True)
     if capture == "compile":
-        return Captured(Compiled(loss_fn, device), MicroStep(), replays=True)
+        is_replayed = device.type == "cuda"
+        micro_step = Graphs(num_rehearsals=3) if is_replayed else MicroStep()
+        return Captured(Compiled(loss_fn), micro_step, replays=is_replayed)
     if capture in ("auto", "graph"):
         if device.type == "cuda":
             return Captured(loss_fn, Graphs(verifies=capture == "auto"), replays=True)
@@ -79,34 +81,28 @@ def captured(loss_fn: LossFn, capture: object, device: torch.device) -> Captured
 
 
 class Compiled:
-    """A loss function that torch.compile has compiled: with CUDA graphs on a GPU, without on a CPU.
+    """A loss function that torch.compile has compiled.
 
     Every form of micro-batch is compiled for itself, up to eight, so a short last micro-batch slows no other one down;
-    further forms run eagerly. If the function cannot be compiled, it runs as it is. One line in the log says why. What
-    a CUDA graph returns is overwritten by its next replay: losses and weights are copied out. torch.compile draws
-    other random numbers than eager PyTorch does.
+    further forms run eagerly. If the function cannot be compiled, it runs as it is. One line in the log says why.
+    torch.compile draws other random numbers than eager PyTorch does.
     """
 
-    def __init__(self, loss_fn: LossFn, device: torch.device) -> None:
+    def __init__(self, loss_fn: LossFn) -> None:
         self._eager = loss_fn
-        self._replays = device.type == "cuda"
-        self._narrow: list[Tensor] | None = None
         self._forms: set[Hashable] = set()
         self._has_warned = False
-        self._compiled: LossFn | None = torch.compile(
-            loss_fn, mode="reduce-overhead" if self._replays else None, dynamic=False
-        )
+        self._narrow: list[Tensor] | None = None
+        self._compiled: LossFn | None = torch.compile(loss_fn, dynamic=False)
 
     def __call__(self, model: Any, micro_batch: Any) -> Any:
         if self._compiled is None or not self._is_admitted(micro_batch):
             return self._eager(model, micro_batch)
-        if self._replays:
-            torch.compiler.cudagraph_mark_step_begin()
         if self._narrow is None:
             self._narrow = [param for param in model.parameters() if param.itemsize < 4]
         try:
             with wider_aside(self._narrow):
-                output = self._compiled(model, micro_batch)
+                return self._compiled(model, micro_batch)
         except (LossError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -115,7 +111,6 @@ class Compiled:
             self._compiled = None
             _LOG.warning("capture: runs eagerly, since torch.compile failed: %s", str(error).partition("\n")[0])
             return self._eager(model, micro_batch)
-        return map_tensors(Tensor.clone, output) if self._replays else output
 
     def _is_admitted(self, micro_batch: Any) -> bool:
         try:

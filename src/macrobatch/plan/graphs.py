@@ -95,9 +95,10 @@ class Graphs(MicroStep):
                 self._say(str(obstacle))
         if bucket is None:
             super().__call__(loss_fn, micro_batch, num_rows, tally)
-        elif bucket.recording is not None or self._is_recorded(bucket, loss_fn, micro_batch, num_rows, tally):
+        elif bucket.recording is not None or self._is_recorded(bucket, loss_fn, num_rows, tally):
             assert bucket.recording is not None
-            bucket.recording.load(bucket.tensors, tally, self)
+            bucket.load()
+            bucket.recording.begin(tally, self)
             if self._verifies and self._num_windows <= bucket.recording.made_in + 1:
                 self._try(bucket.recording, loss_fn, micro_batch, num_rows, tally)
             else:
@@ -106,8 +107,6 @@ class Graphs(MicroStep):
             self._rehearse(bucket, loss_fn, micro_batch, num_rows, tally)
         else:
             super().__call__(loss_fn, micro_batch, num_rows, tally)
-        if bucket is not None:
-            bucket.tensors = []
 
     def _begin_window(self, tally: Tally) -> None:
         self._tally = tally
@@ -133,8 +132,10 @@ class Graphs(MicroStep):
             if len(self._buckets) >= self._max_recordings:
                 raise Unfit(f"there are more than {self._max_recordings} forms of micro-batch; further ones")
             bucket = self._buckets[key] = _Bucket()
+        if bucket.is_hopeless:
+            return None
         bucket.tensors = form.tensors
-        return None if bucket.is_hopeless else bucket
+        return bucket
 
     def _rehearse(self, bucket: _Bucket, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
         run = super().__call__
@@ -145,9 +146,12 @@ class Graphs(MicroStep):
             bucket.expected = {name: _blank(part) for name, part in parts.items()}
             return output
 
+        if bucket.batch is None:
+            bucket.batch = tree.map_tensors(lambda tensor: bucket.input_like(tensor, self.device), micro_batch)
+        bucket.load()
         drawn = _host_draws(self.device)
         assert self._recorder is not None
-        obstacle = self._recorder.rehearse(lambda: run(noting, micro_batch, num_rows, tally))
+        obstacle = self._recorder.rehearse(lambda: run(noting, bucket.batch, num_rows, tally))
         bucket.num_rehearsals += 1
         if obstacle is None and drawn != _host_draws(self.device):
             obstacle = "it draws random numbers on the host, which a replay would not"
@@ -158,16 +162,17 @@ class Graphs(MicroStep):
             bucket.is_hopeless = True
             self._say(obstacle)
 
-    def _is_recorded(self, bucket: _Bucket, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> bool:
+    def _is_recorded(self, bucket: _Bucket, loss_fn: LossFn, num_rows: int, tally: Tally) -> bool:
         """Record a micro-batch that has been rehearsed. Afterwards nothing is different but the bucket."""
         if bucket.is_rehearsing:
             return False
-        recording = _Recording(self, bucket, micro_batch)
+        bucket.load()
+        recording = _Recording(self._num_windows, bucket)
         draws = rng_states(self.device)
         buffers = [(m, name, b) for m in self.model.modules() for name, b in m._buffers.items()]  # pyright: ignore[reportPrivateUsage]
         assert self._recorder is not None
         try:
-            recording.make(self, self._recorder, lambda batch: loss_fn(self.model, batch), num_rows, tally)
+            recording.make(self, self._recorder, lambda: loss_fn(self.model, bucket.batch), num_rows, tally)
             if any(module._buffers.get(name) is not buffer for module, name, buffer in buffers):  # pyright: ignore[reportPrivateUsage]
                 raise Unfit("the model replaces its buffers, which a replay would not")
             bucket.recording = recording
@@ -207,27 +212,49 @@ class Graphs(MicroStep):
 
 
 class _Bucket:
-    """Micro-batches of one form."""
+    """Micro-batches of one form, and the memory that they are copied to: rehearsals run on what is to be recorded."""
 
-    __slots__ = ("expected", "is_hopeless", "is_rehearsing", "num_rehearsals", "recording", "tensors")
+    __slots__ = (
+        "batch",
+        "expected",
+        "inputs",
+        "is_hopeless",
+        "is_rehearsing",
+        "num_rehearsals",
+        "recording",
+        "tensors",
+    )
 
     def __init__(self) -> None:
         self.num_rehearsals = 0
         self.is_rehearsing = True
         self.is_hopeless = False
+        self.batch: Any = None
+        self.inputs: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         self.expected: dict[str, Part] = {}
         self.recording: _Recording | None = None
-        self.tensors: list[Tensor] = []
+
+    def input_like(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Memory for one of a micro-batch's tensors."""
+        self.inputs.append(torch.empty_like(tensor, device=device))
+        return self.inputs[-1]
+
+    def load(self) -> None:
+        """Copy the micro-batch at hand, from the host through pinned memory, without waiting."""
+        tensors, self.tensors = self.tensors, []
+        if not tensors:
+            return
+        if self.inputs[0].is_cuda and not all(tensor.is_cuda for tensor in tensors):
+            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+        torch._foreach_copy_(self.inputs, tensors, non_blocking=True)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 class _Recording:
-    """A recorded micro-step with its own memory: inputs, what its backward starts from, losses and weights."""
+    """A recorded micro-step with memory of its own for what its backward starts from, its losses and its weights."""
 
-    def __init__(self, graphs: Graphs, bucket: _Bucket, micro_batch: Any) -> None:
-        self.made_in = graphs._num_windows  # pyright: ignore[reportPrivateUsage]
-        self.inputs: list[Tensor] = []
-        self.batch = tree.map_tensors(lambda tensor: self._input_like(tensor, graphs.device), micro_batch)
-        _copy(bucket.tensors, self.inputs)
+    def __init__(self, num_windows: int, bucket: _Bucket) -> None:
+        self.made_in = num_windows
         self.parts = bucket.expected
         self.seeds = [torch.zeros_like(part.tensor) for part in self.parts.values() if part.tensor.requires_grad]
         self.slots: list[Slot] = []
@@ -241,7 +268,7 @@ class _Recording:
         def run() -> dict[str, Part]:
             torch.clear_autocast_cache()  # a cast of the weights made before would stay as it is, one made here
             with graphs.precision.forward():  # belongs to the recording
-                output = forward(self.batch)
+                output = forward()
             parts = taken_apart(output, num_rows)
             torch.clear_autocast_cache()
             if _kinds(parts) != _kinds(self.parts):
@@ -257,9 +284,8 @@ class _Recording:
         self.parts, self.replay = recorder.record(run)
         self.slots = [slot for slot, version in zip(slots, versions, strict=True) if slot.local._version != version]
 
-    def load(self, tensors: list[Tensor], tally: Tally, graphs: Graphs) -> None:
-        """Take in a micro-batch and, once per window, what its backward starts from."""
-        _copy(tensors, self.inputs)
+    def begin(self, tally: Tally, graphs: Graphs) -> None:
+        """Once per window, take in what its backward starts from."""
         if tally is self._window:
             return
         tally.begin(self.parts)
@@ -273,17 +299,6 @@ class _Recording:
             graphs.gradients.touch(self.slots)
         self.replay()
         tally.note({name: _copied_out(part) for name, part in self.parts.items()})
-
-    def _input_like(self, tensor: Tensor, device: torch.device) -> Tensor:
-        self.inputs.append(torch.empty_like(tensor, device=device))
-        return self.inputs[-1]
-
-
-def _copy(tensors: list[Tensor], into: list[Tensor]) -> None:
-    for tensor, place in zip(tensors, into, strict=True):
-        if place.is_cuda and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()
-        place.copy_(tensor, non_blocking=True)
 
 
 def _copied_out(part: Part) -> Part:
