@@ -165,7 +165,7 @@ def sharded(step_s: float, launch_s: float, policy: str) -> float:
 def test_sharded_policies_as_measured():
     # Two unknowns, the micro-step and the cost of starting a collective, are fitted to our four policies. The three
     # windows by hand, and the order of the policies, are predicted.
-    seconds = {name.replace(", reduce ", "-"): value for (name, _), value in measured("ranks-fsdp1b").items()}
+    seconds = {name.replace(", reduce ", "-"): value for (name, _), value in measured("ranks-fsdp1b-cuda").items()}
     ours = {policy: seconds[f"macrobatch, {policy}"] for policy in SHARDED}
     by_hand = {policy: seconds[f"FSDP2 by hand, {policy}"] for policy in ("keep-last", "reshard-last")}
     by_hand["reshard-each"] = seconds["torchtitan's default"]
@@ -185,7 +185,7 @@ def test_sharded_policies_as_measured():
 
 def test_replicas_as_measured():
     # The micro-step of the captured contender, from its two sizes: one unknown more would be needed for a check of it.
-    seconds = measured("ranks-gpt124")
+    seconds = measured("ranks-gpt124-cuda")
     captured = [seconds["macrobatch, compile, reduce-overhead", size] for size in (4, 8)]
     reduce_s = LINKS["nvlink"].all_reduce_s(4 * 163_109_376, 2)
     step = StepTime.fit([4, 8], [(captured[0] - reduce_s) / 8, (captured[1] - reduce_s) / 4])
@@ -194,6 +194,16 @@ def test_replicas_as_measured():
     )
     for size, value in zip((4, 8), captured, strict=True):
         assert job.window(LINKS["nvlink"], 2, size).window_s == pytest.approx(value, rel=1e-6)
+    # From one GPU to two: the micro-step of the same contender on one GPU, measured in another run.
+    rows = json.loads((RESULTS / "doors-cuda.json").read_text())["results"]["gpt124"]
+    alone = {row["micro_batch"]: row["rate"][1] for row in rows if row["name"].startswith("TrainStep, compile")}
+    tokens = 64 * 1024
+    step = StepTime.fit([*alone], [tokens / rate * size / 64 for size, rate in alone.items()])
+    job = dataclasses.replace(job, step=step)
+    for size, value in zip((4, 8), captured, strict=True):
+        assert job.window(LINKS["nvlink"], 2, size).window_s == pytest.approx(value, rel=0.10)
+    # The control: two GPUs are not simply half of one.
+    assert job.window(LINKS["nvlink"], 1, 4).window_s / 2 < 0.97 * captured[0]
     # A limit of the line: where the host is what is waited for, the time of a small micro-batch does not fall with its
     # size. From DDP's 4 and 8 it would follow that three quarters of a micro-step of 4 are fixed.
     eager = [seconds["DDP, no_sync, bucket views", size] for size in (4, 8)]
