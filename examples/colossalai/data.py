@@ -61,7 +61,7 @@ class _Arrays(pickle.Unpickler):
     """Reads plain values and NumPy arrays, and refuses everything else: a pickle may run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        kinds = {"_reconstruct": np._core.multiarray._reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}
+        kinds = {"_reconstruct": np.zeros(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in an old protocol
             return lambda text, _: text.encode("latin1")
         if name not in kinds or module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):

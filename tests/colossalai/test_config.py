@@ -157,6 +157,8 @@ def test_what_is_right_is_taken():
             "epochs": 3,
             "warmup_steps": 10,
             "gradient_checkpointing": True,
+            "torch_dtype": "float32",
+            "gradient_scale": 1.0,
             "norm": 1,
             "_gradient_clipping": 1,
             "clip_grad": len,
@@ -213,6 +215,7 @@ def test_other_values_of_the_wrong_kind(key, value):
         ("cudnn_benchmarks", "cudnn_benchmark"),
         ("torch_dpp", "torch_ddp"),
         ("fp_16", "fp16"),
+        ("accum_steps", "gradient_accumulation"),
     ],
 )
 def test_a_near_miss_is_told_the_right_key(key, right):
@@ -220,7 +223,7 @@ def test_a_near_miss_is_told_the_right_key(key, right):
         check_config({key: 2.0})
 
 
-@pytest.mark.parametrize("key", ["zero", "moe", "bf16", "gemini"])
+@pytest.mark.parametrize("key", ["zero", "moe", "bf16", "gemini", "clip_grad_value"])
 def test_a_feature_that_is_not_there_is_told_the_way(key):
     with pytest.raises(ConfigException, match=r"not supported here.*leave it out"):
         check_config({key: {"stage": 2}})

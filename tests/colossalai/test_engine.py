@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from macrobatch.colossalai.amp import AMP_TYPE
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.engine import BaseGradientHandler, Engine
 from macrobatch.colossalai.engine.gradient_accumulation import (
+    GradAccumDataloader,
+    GradAccumGradientHandler,
     GradAccumLrSchedulerByStep,
     GradAccumOptimizer,
     accumulate_gradient,
@@ -206,6 +209,15 @@ def test_break_between_backward_and_step_leaves_no_stale_window():
     assert relative_error(seen[0], expected(model, x[:4], y[:4])) <= EXACT
 
 
+def test_numbers_of_numpy_are_numbers():
+    config = {"gradient_accumulation": np.int64(2), "clip_grad_norm": np.float32(0.5)}
+    engine, batches, _, _, seen = started(config, loader(8, 2))
+    for x, y in batches:
+        iterate(engine, x, y)
+    assert len(seen) == 2
+    assert engine.grad_norm is not None
+
+
 def test_own_loader_and_no_loader_count_windows():
     engine, none, _, model, seen = started({"gradient_accumulation": 3}, None)
     assert none is None
@@ -312,6 +324,50 @@ def test_handler_is_called_once_per_window():
     assert relative_error(seen[0], {name: 2 * g for name, g in gradient.items()}) <= EXACT
 
 
+class Counting(BaseGradientHandler):
+    calls = 0
+
+    def handle_gradient(self) -> None:
+        self.calls += 1
+
+
+def test_a_loop_without_an_engine_calls_everything_in_every_iteration():
+    model = network()
+    plain = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen: list[Any] = []
+    plain.register_step_post_hook(lambda *_: seen.append(gradients_of(model)))
+    counting = Counting(model, plain)
+    optimizer, batches, handlers, _ = accumulate_gradient(model, plain, loader(14, 2), 4, [counting])
+    assert handlers is not None
+    norms = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        optimizer.backward(F.cross_entropy(model(x), y))
+        handlers[0].handle_gradient()
+        norms.append(optimizer.clip_grad_norm(model, 0.01))
+        optimizer.step()
+    x, y = data(14)
+    assert [norm is not None for norm in norms] == [False, False, False, True, False, False, True]
+    assert (counting.calls, len(seen)) == (2, 2)
+    for gradient, rows in zip(seen, (slice(0, 8), slice(8, 14)), strict=True):
+        wanted = expected(model, x[rows], y[rows])
+        norm = torch.stack([each.norm() for each in wanted.values()]).norm()
+        assert relative_error(gradient, {name: each * (0.01 / (norm + 1e-6)) for name, each in wanted.items()}) <= EXACT
+
+
+def test_views_without_an_optimizer_count_by_themselves():
+    model = network()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule, counting = GradAccumLrSchedulerByStep(halving(plain), 4), Counting(model, plain)
+    handler = GradAccumGradientHandler(counting, 4)
+    plain.step()  # as torch wants it before its schedule's first step
+    for _ in range(8):
+        handler.handle_gradient()
+        schedule.step()
+    assert (counting.calls, schedule.last_epoch) == (2, 2)
+    assert len(list(GradAccumDataloader(loader(10, 2), 4, tail="drop"))) == 4
+
+
 def test_accumulate_gradient_makes_views_of_one_window():
     model = network()
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -403,8 +459,8 @@ def test_unequal_batches_over_ranks_are_weighted(ranks):
         assert equal
 
 
-def counted_reductions() -> list[int]:
-    gpc.load_config({"gradient_accumulation": 4})
+def counted_reductions(config: dict[str, Any]) -> list[int]:
+    gpc.load_config({"gradient_accumulation": 4, "clip_grad_norm": 1.0, **config})
     model = network()
     engine, *_ = colossalai.initialize(
         model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), verbose=False
@@ -421,8 +477,17 @@ def counted_reductions() -> list[int]:
     return counts
 
 
-def test_one_reduction_per_window(ranks):
-    assert ranks(2).run(counted_reductions) == [[0, 0, 0, 1] * 2] * 2
+HANDLED = {"gradient_handler": [{"type": "DataParallelGradientHandler"}]}
+
+
+@pytest.mark.parametrize("config", [{}, HANDLED], ids=["", "handler"])
+def test_one_reduction_per_window(ranks, config):
+    assert ranks(2).run(counted_reductions, config) == [[0, 0, 0, 1] * 2] * 2
+
+
+def test_ddp_reduces_in_the_last_micro_iteration_alone(ranks):
+    for counts in ranks(2).run(counted_reductions, {"torch_ddp": {}}):
+        assert [count > 0 for count in counts] == [False, False, False, True] * 2
 
 
 def test_package_exports_errors_of_its_own():

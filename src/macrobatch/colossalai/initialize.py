@@ -107,7 +107,7 @@ def initialize(
         wrapped = DistributedDataParallel(
             built, device_ids=[device.index] if device.type == "cuda" else None, **options
         )
-    size = config.get("gradient_accumulation") or 1
+    size = int(config.get("gradient_accumulation") or 1)
     precision = make_precision(config.get("fp16"), device) or Precision()
     is_replayed = compiling is not None and replays(compiling, device)
     accumulating = GradAccumOptimizer(plain, size, wrapped, precision, replays=is_replayed)
@@ -117,7 +117,7 @@ def initialize(
         accumulating,
         criterion,
         gradient_handlers=[GradAccumGradientHandler(each, size, accumulating) for each in handlers],
-        clip_grad_norm=config.get("clip_grad_norm") or 0.0,
+        clip_grad_norm=float(config.get("clip_grad_norm") or 0.0),
         ophook_list=ophooks,
         verbose=verbose,
     )

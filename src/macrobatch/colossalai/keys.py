@@ -70,7 +70,7 @@ def hidden_features(config: Mapping[str, Any]) -> list[str]:
 def _check_name(key: str, value: object) -> None:
     if key in _MISSING:
         raise _wrong(key, value, "no such key: it is not supported here", _MISSING[key])
-    near = _SYNONYMS.get(key) or next(iter(difflib.get_close_matches(key, FEATURES, n=1, cutoff=0.8)), None)
+    near = _SYNONYMS.get(key) or next(iter(difflib.get_close_matches(key, FEATURES, n=1, cutoff=0.85)), None)
     if near is not None:
         raise _wrong(
             key,
@@ -173,6 +173,7 @@ _SYNONYMS = {
     **dict.fromkeys(
         (
             "accum_iter",
+            "accum_steps",
             "accumulate_grad_batches",
             "accumulate_size",
             "accumulation",
@@ -219,6 +220,7 @@ _MISSING = {
     "bfloat16": 'leave it out; macrobatch.TrainStep takes precision="bf16"',
     "max_ep_size": _DATA_PARALLEL,
     "moe": _DATA_PARALLEL,
+    "clip_grad_value": "leave it out; macrobatch.TrainStep takes clip_value",
     "sequence_parallel": _DATA_PARALLEL,
     "tensor_parallel": _DATA_PARALLEL,
     "pipeline_parallel": _DATA_PARALLEL,
