@@ -127,6 +127,18 @@ def test_evaluation_within_a_window_leaves_it_alone(evaluate: Callable[..., None
         assert same(seen[number], gradient(model, data, slice(8 * number, 8 * number + 8)))
 
 
+def test_evaluation_is_not_counted_as_a_batch():
+    """Without the loader, the first forward of a micro-iteration tells how many samples it has."""
+    data, model = dataset(8), network()
+    engine, _, seen = started(None, model, gradient_accumulation=2)
+    for rows in (slice(0, 6), slice(6, 8)):
+        evaluating_without_gradients(engine, None)
+        iterate(engine, *data[rows])
+    evaluating_without_gradients(engine, None)
+    assert engine.optimizer.accumulate_step == 0
+    assert same(seen[0], gradient(model, data, slice(0, 8)))
+
+
 # --- batches in other forms ---
 
 
