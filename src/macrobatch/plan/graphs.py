@@ -259,6 +259,8 @@ class _Recording:
         self.seeds = [torch.zeros_like(part.tensor) for part in self.parts.values() if part.tensor.requires_grad]
         self.slots: list[Slot] = []
         self._window: Tally | None = None
+        self._results: dict[str, Part] = {}
+        self._has_weights = False
 
     def make(self, graphs: Graphs, recorder: Recorder, forward: Any, num_rows: int, tally: Tally) -> None:
         """Record it."""
@@ -282,6 +284,8 @@ class _Recording:
             }
 
         self.parts, self.replay = recorder.record(run)
+        self._results = {name: part._replace(tensor=part.tensor.detach()) for name, part in self.parts.items()}
+        self._has_weights = any(isinstance(part.weight, Tensor) for part in self.parts.values())
         self.slots = [slot for slot, version in zip(slots, versions, strict=True) if slot.local._version != version]
 
     def begin(self, tally: Tally, graphs: Graphs) -> None:
@@ -298,11 +302,12 @@ class _Recording:
             self._window = tally
             graphs.gradients.touch(self.slots)
         self.replay()
-        tally.note({name: _copied_out(part) for name, part in self.parts.items()})
+        results = self._results  # the tally copies losses, since they are no result of autograd
+        tally.note({name: _copied_out(part) for name, part in results.items()} if self._has_weights else results)
 
 
 def _copied_out(part: Part) -> Part:
-    """A part that the next replay does not overwrite. The tally copies the loss itself, which is no result of code."""
+    """A part whose weight the next replay does not overwrite."""
     return part._replace(weight=part.weight.clone()) if isinstance(part.weight, Tensor) else part
 
 
