@@ -201,3 +201,28 @@ def refused(how: str) -> str:
 @pytest.mark.parametrize(("world_size", "how"), [(2, "ignored"), (4, "hybrid")])
 def test_wrapping_that_leaves_ranks_apart_is_refused(ranks, world_size, how):
     assert ranks(world_size).run(refused, how) == ["model"] * world_size
+
+
+def frozen_on_one_rank() -> list[str]:
+    """Rank 1 freezes a layer after the first window, and unfreezes it after the second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    first = next(iter(model.parameters()))
+    step = mb.TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, x: model(x).square().mean(), micro_batch=2
+    )
+    said: list[str] = []
+    for index in range(4):
+        first.requires_grad_(dist.get_rank() != 1 or index != 1)
+        try:
+            step(torch.ones(4, 4, dtype=torch.float64))
+            said.append("passed")
+        except mb.errors.ArgumentError as error:
+            said.append(error.what)
+    return said
+
+
+def test_parameter_frozen_on_one_rank_is_refused_on_all_and_the_next_window_works(ranks):
+    expected = ["passed", "the trained parameters", "passed", "passed"]
+    assert ranks(2, 20.0).run(frozen_on_one_rank) == [expected] * 2

@@ -731,3 +731,27 @@ def test_cross_check_replicas_of_a_hybrid_mesh_that_differ_are_refused_on_all(ra
 
 def test_cross_check_off_lets_them_pass(ranks):
     assert ranks(4).run(unlike_replicas, False) == ["passed"] * 4
+
+
+# --- parameters that come to differ ---
+
+
+def frozen_on_one_rank() -> list[str]:
+    """Rank 1 freezes a layer after the first window, and unfreezes it after the second."""
+    model = shard(layers())
+    step = mb.TrainStep(model, SGD(model.parameters(), lr=0.1), mean_square, micro_batch=2, sync=ShardedSync())
+    said: list[str] = []
+    for index in range(4):
+        if dist.get_rank() == 1:
+            model[2].requires_grad_(index != 1)
+        try:
+            step(rows(4, seed=index))
+            said.append("passed")
+        except mb.errors.ArgumentError as error:
+            said.append(error.what)
+    return said
+
+
+def test_layer_frozen_on_one_rank_is_refused_on_all_and_the_next_window_works(ranks):
+    expected = ["passed", "the trained parameters", "passed", "passed"]
+    assert ranks(2, IMPATIENT_S).run(frozen_on_one_rank) == [expected] * 2

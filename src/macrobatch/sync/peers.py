@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,7 +21,7 @@ from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, BatchError, LossError, PeerError
 from macrobatch.ranks import Ranks
 
-__all__ = ["Peers", "joined", "ranks_in", "sparing_buffers", "unlike"]
+__all__ = ["Peers", "joined", "ranks_in", "sparing_buffers", "trained_in", "unlike"]
 
 CPU = torch.device("cpu")
 
@@ -48,6 +50,11 @@ def joined(parts: Iterable[Tensor | list[float]], dtype: torch.dtype, device: to
     if not any(isinstance(part, Tensor) for part in parts):
         return torch.tensor([number for part in parts for number in part], dtype=dtype, device=device)
     return torch.cat([torch.as_tensor(part, dtype=dtype, device=device) for part in parts])
+
+
+def trained_in(model: nn.Module) -> float:
+    """A checksum of which parameters require grad."""
+    return float(zlib.crc32(bytes(param.requires_grad for param in model.parameters())))
 
 
 def ranks_in(group: dist.ProcessGroup | None) -> Ranks:
@@ -124,16 +131,20 @@ class Peers(Alone):
         guess, num = self._guesses
         return plan._replace(guess=guess, num_micro_batches=num, expected=self._expected(plan.expected))
 
-    def longest(self, num: int | None) -> int:
+    def longest(self, num: int | None, *, trained: float = 0.0) -> int:
         """The largest number of micro-batches that a rank has.
 
         Args:
             num: on this rank; None if it has failed before the window, which the others then hear.
+            trained: what has to be the same on all ranks: a checksum of which parameters are trained.
 
         Raises:
             PeerError: another rank has failed; none has begun the window.
+            ArgumentError: on every rank that has not failed, if they differ in what is trained.
         """
-        longest, has_failed = self.summed([float(num or 0), float(num is None)], dist.ReduceOp.MAX)
+        same = [-math.inf] * 2 if num is None else [trained, -trained]
+        numbers = [float(num or 0), float(num is None), *same]
+        longest, has_failed, high, low = self.summed(numbers, dist.ReduceOp.MAX)
         if has_failed and num is not None:
             raise PeerError(
                 "the window",
@@ -141,6 +152,8 @@ class Peers(Alone):
                 expected="every rank to begin the window; nothing was changed on this one",
                 fix="look at the error of the rank that failed",
             )
+        if num is not None and high != -low:
+            raise unlike("other parameters that require grad than on other ranks")
         return round(longest)
 
     @contextmanager

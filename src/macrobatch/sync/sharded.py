@@ -30,7 +30,7 @@ from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
-from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers
+from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
 
 __all__ = ["Policy", "ShardedSync"]
 
@@ -147,9 +147,14 @@ class ShardedSync(Sync):
             )
 
     def plan(self, plan: Plan) -> Plan:
-        """As many micro-batches on every rank as the longest share has."""
+        """As many micro-batches on every rank as the longest share has.
+
+        Raises:
+            ArgumentError: the trained parameters have changed, and not alike on all ranks.
+        """
         assert self._peers is not None
-        longest = self._peers.longest(plan.num_micro_batches)
+        assert self._model is not None
+        longest = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
         if plan.num_micro_batches is None:
             return plan
         self._num_own = plan.num_micro_batches if longest > plan.num_micro_batches else math.inf

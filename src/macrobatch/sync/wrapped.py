@@ -18,7 +18,7 @@ from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
-from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers
+from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
 
 __all__ = ["WrappedSync"]
 
@@ -106,7 +106,8 @@ class WrappedSync(Sync):
         assert self._peers is not None
         num_to_run = plan.num_micro_batches or 0
         if self._runs_alike or plan.is_coupled:
-            num_to_run = self._peers.longest(plan.num_micro_batches)
+            assert self._model is not None
+            num_to_run = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
             if plan.num_micro_batches is None:
                 return plan
         num_to_run = max(num_to_run, 1)
