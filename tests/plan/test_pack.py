@@ -260,3 +260,25 @@ def test_bad_cost_is_refused(options):
         LengthCost(**options)
     with pytest.raises(ArgumentError, match="width"):
         LengthCost.of_width(0)
+
+
+def test_cost_is_measured_at_a_few_lengths(monkeypatch):
+    """A micro-step whose clock is known: 2 us a token and 1 ns a pair, for four samples each; first calls are slow"""
+    now = [0.0]
+    calls: list[int] = []
+
+    def micro_step(length: int) -> None:
+        calls.append(length)
+        now[0] += 4 * (2e-6 * length + 1e-9 * length**2) * (10.0 if calls.count(length) == 1 else 1.0)
+
+    monkeypatch.setattr("macrobatch.plan.lengths.time.perf_counter", lambda: now[0])
+    cost = LengthCost.measure(micro_step, [128, 512, 1024], num_samples=4)
+    assert cost.linear == pytest.approx(2e-6, rel=1e-6)
+    assert cost.quadratic == pytest.approx(1e-9, rel=1e-6)
+    assert calls == [128] * 4 + [512] * 4 + [1024] * 4
+
+
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_times": 0}, {"lengths": [64]}], ids=str)
+def test_cost_refuses_to_be_measured_in_vain(options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        LengthCost.measure(lambda length: None, **({"lengths": [64, 128]} | options))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,10 +90,52 @@ class LengthCost:
         linear, quadratic = nonnegative_fit(tokens, tokens**2, times)
         return cls(linear=max(linear, 1e-9 * quadratic), quadratic=quadratic)
 
+    @classmethod
+    def measure(
+        cls, micro_step: Callable[[int], object], lengths: Sequence[int], *, num_samples: int = 1, num_times: int = 3
+    ) -> LengthCost:
+        """Time forwards and backwards of a few lengths, and fit. Over several ranks: on one of them.
+
+        Args:
+            micro_step: called with a length; runs the forward and the backward of `num_samples` samples of it.
+            lengths: at least two different ones, from the shortest that matters to the longest.
+            num_samples: as many as keep the device busy at the shortest length.
+            num_times: timed calls of each length, of which the fastest counts, after one that warms up.
+
+        Raises:
+            ArgumentError: too few lengths, or counts that are not >= 1.
+
+        ```pycon
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> cost = LengthCost.measure(lambda length: layer(torch.ones(4, length, 8)).sum().backward(), [64, 512])
+        >>> cost.linear > 0
+        True
+
+        ```
+        """
+        for name, value in (("num_samples", num_samples), ("num_times", num_times)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(name, given=value, expected="an integer >= 1", fix=f"pass {name}=8")
+        if len(set(lengths)) < 2:
+            raise ArgumentError("lengths", given=lengths, expected="two different ones or more", fix="pass [256, 1024]")
+        fastest_s = [min(_seconds(micro_step, length) for _ in range(1 + num_times)) for length in lengths]
+        return cls.fit(lengths, [seconds / num_samples for seconds in fastest_s])
+
     def of_lengths(self, lengths: Sequence[int] | Lengths) -> NDArray[np.float64]:
         """(N,) the cost of each sample."""
         tokens = np.asarray(lengths, dtype=np.float64)
         return self.linear * tokens + self.quadratic * tokens**2
+
+
+def _seconds(micro_step: Callable[[int], object], length: int) -> float:
+    is_cuda = torch.cuda.is_available()
+    if is_cuda:
+        torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    micro_step(length)
+    if is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began_s
 
 
 def nonnegative_fit(first: Any, second: Any, values: Any) -> tuple[float, float]:
