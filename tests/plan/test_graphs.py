@@ -324,6 +324,29 @@ def test_failed_recording_leaves_everything_as_it_was(error, cause, lines):
     assert lines() == [f"capture: runs eagerly, since recording failed with {cause}"]
 
 
+def test_memory_that_runs_out_is_given_back(lines):
+    """To whoever runs the window again, in smaller micro-batches."""
+    torch.manual_seed(0)
+    model, graphs = nn.Linear(5, 3), taped()
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        if len(batch[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return classes(model, batch)
+
+    step = mb.TrainStep(model, SGD(model.parameters(), lr=0.0), loss_fn, micro_batch=3, capture=graphs)
+    for batch in batches(3):
+        step(batch)
+    assert graphs.num_recordings == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        step.window([batches(1)[0]])
+    assert graphs.num_recordings == 0
+    for batch in batches(3):
+        step(batch)
+    assert graphs.num_recordings == 2
+    assert lines() == []
+
+
 class Poisoned(nn.Module):
     """A switch in Python, of which a recording knows only how it stood."""
 

@@ -85,6 +85,13 @@ class Graphs(MicroStep):
         return self._recorder.window()
 
     def __call__(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
+        try:
+            self._run(loss_fn, micro_batch, num_rows, tally)
+        except torch.OutOfMemoryError:  # whoever tries again may need what the recordings have
+            self._forget()
+            raise
+
+    def _run(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
         bucket = None
         if num_rows and not self._is_distrusted:
             if tally is not self._tally:
@@ -93,8 +100,9 @@ class Graphs(MicroStep):
                 bucket = self._bucket(micro_batch, num_rows)
             except Unfit as obstacle:
                 self._say(str(obstacle))
+        eager = super().__call__
         if bucket is None:
-            super().__call__(loss_fn, micro_batch, num_rows, tally)
+            eager(loss_fn, micro_batch, num_rows, tally)
         elif bucket.recording is not None or self._is_recorded(bucket, loss_fn, num_rows, tally):
             assert bucket.recording is not None
             bucket.load()
@@ -106,7 +114,7 @@ class Graphs(MicroStep):
         elif bucket.is_rehearsing:
             self._rehearse(bucket, loss_fn, micro_batch, num_rows, tally)
         else:
-            super().__call__(loss_fn, micro_batch, num_rows, tally)
+            eager(loss_fn, micro_batch, num_rows, tally)
 
     def _begin_window(self, tally: Tally) -> None:
         self._tally = tally
