@@ -62,8 +62,9 @@ def replicas(results: Path) -> list[Point]:
         Point(f"1 GPU, micro-batch {size}", window_s, job.window(LINKS["nvlink"], 1, size).window_s, True)
         for size, window_s in alone.items()
     ]
-    names = ("macrobatch, captured", "macrobatch, compile, reduce-overhead")
-    two = {size: row for (name, size), row in rows(results, "ranks-gpt124-cuda").items() if name in names}
+    two = {
+        size: row for (name, size), row in rows(results, "ranks-gpt124-cuda").items() if name == "macrobatch, captured"
+    }
     for size, row in sorted(two.items()):
         model_s = job.window(LINKS["nvlink"], 2, size).window_s
         points.append(Point(f"2 GPUs, micro-batch {size}", row["window_s"][1], model_s, False))
