@@ -69,6 +69,7 @@ EXCEPTIONS = {
 }
 
 PUBLIC_NAMES = [
+    "Auto",
     "Bf16",
     "Constant",
     "Event",

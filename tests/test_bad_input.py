@@ -28,7 +28,6 @@ from macrobatch.errors import (
     LossError,
     MacrobatchError,
     NonFiniteError,
-    NotYetError,
     StateError,
 )
 
@@ -189,12 +188,6 @@ def test_train_step_argument_out_of_domain_is_refused(name, value):
 def test_option_that_is_no_count_is_refused(make, name, value):
     with refused(ArgumentError, name):
         make(value)
-
-
-def test_micro_batch_auto_is_not_there_yet():
-    model, auto = Net(), cast(Any, "auto")
-    with refused(NotYetError, "micro_batch"):
-        mb.TrainStep(model, SGD(model.parameters(), lr=0.1), classes, micro_batch=auto)
 
 
 @pytest.mark.parametrize("model", [None, classes, Net, "net", {}], ids=lambda value: str(value)[:20])

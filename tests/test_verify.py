@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
-from macrobatch.errors import ArgumentError, BatchError, LossError, NonFiniteError, NotYetError
+from macrobatch.errors import ArgumentError, BatchError, LossError, NonFiniteError
 from macrobatch.testing.models import CASES
 
 # Gradients of some hundred float64 terms in another order of addition: a few 1e-16, and room for cancellation.
@@ -674,15 +674,10 @@ def test_report_error_is_relative_to_the_whole_gradient():
     assert list(report.worst.values()) == pytest.approx([1.0, 1.0], rel=1e-12)
 
 
-@pytest.mark.parametrize("micro_batch", [0, True, "two"])
+@pytest.mark.parametrize("micro_batch", [0, True, "two", "auto"])
 def test_micro_batch_out_of_domain_is_refused(micro_batch):
     with pytest.raises(ArgumentError, match="micro_batch"):
         mb.verify(nn.Linear(3, 1), squares, torch.randn(6, 3), micro_batch=micro_batch)
-
-
-def test_micro_batch_auto_is_not_there_yet():
-    with pytest.raises(NotYetError):
-        mb.verify(nn.Linear(3, 1), squares, torch.randn(6, 3), micro_batch="auto")  # pyright: ignore[reportArgumentType]
 
 
 def test_batch_without_rows_is_refused():

@@ -12,7 +12,7 @@ from macrobatch.data import MacroBatchLoader, shard
 from macrobatch.diagnose import Finding
 from macrobatch.losses import cross_entropy
 from macrobatch.observe.progress import track
-from macrobatch.plan.split import Rows, Tokens
+from macrobatch.plan.split import Auto, Rows, Tokens
 from macrobatch.sync import LocalSync, Policy, ReplicatedSync, ShardedSync, Sync, WrappedSync
 from macrobatch.train import TrainStep, accumulate
 from macrobatch.verify import Report, verify
@@ -20,6 +20,7 @@ from macrobatch.verify import Report, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "Bf16",
     "Constant",
     "Event",

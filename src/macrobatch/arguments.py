@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -12,13 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from macrobatch.core.autograd import refuse_sparse
 from macrobatch.core.events import Listener
-from macrobatch.errors import ArgumentError
+from macrobatch.errors import ArgumentError, LossError
 
 __all__ = [
     "check_callables",
     "check_flag",
     "check_global_batch",
     "check_sparse_grad",
+    "check_surroundings",
     "checked_listeners",
     "checked_optimizers",
     "checked_schedulers",
@@ -70,6 +72,25 @@ def check_global_batch(global_batch: object) -> None:
     if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
         raise ArgumentError(
             "global_batch", given=global_batch, expected="an integer >= 1 or None", fix="pass global_batch=1000"
+        )
+
+
+def check_surroundings(optimizers: Sequence[Optimizer], device: torch.device) -> None:
+    """Refuse a call where no gradient would be computed, or with parameters that have left a device."""
+    if torch.is_inference_mode_enabled():
+        raise LossError(
+            "the loss",
+            given="a call in inference mode",
+            expected="gradients to compute",
+            fix="call the step outside of torch.inference_mode() and torch.no_grad()",
+        )
+    found = optimizers[0].param_groups[0]["params"][0].device
+    if found != device:
+        raise ArgumentError(
+            "TrainStep",
+            given=f"parameters on {found}, of a step that was built for {device}",
+            expected="a model that stays where it was when the step was built",
+            fix="move the model first, then build optimizer and step",
         )
 
 

@@ -14,15 +14,58 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["debug", "description", "num_cores"]
+__all__ = ["cache_folder", "debug", "description", "free_memory_bytes", "num_cores", "version"]
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _QUOTA = "/sys/fs/cgroup/cpu.max"
+_MEMORY = "/proc/meminfo"
+_MEMORY_LIMIT = "/sys/fs/cgroup/memory.max"
+_MEMORY_USED = "/sys/fs/cgroup/memory.current"
+_MEMORY_STAT = "/sys/fs/cgroup/memory.stat"
 
 
 def debug(environ: Mapping[str, str] = os.environ) -> bool:
     """MACROBATCH_DEBUG: whether commands show a traceback with their errors, as `--debug` does."""
     return environ.get("MACROBATCH_DEBUG", "").lower() in ("1", "true", "yes", "on")
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """MACROBATCH_CACHE: where to remember what was measured; set to nothing, nowhere.
+
+    By default, a folder of the user's own caches: XDG_CACHE_HOME, or the system's place for them.
+
+    ```pycon
+    >>> cache_folder({"MACROBATCH_CACHE": "/tmp/plans"}).name, cache_folder({"MACROBATCH_CACHE": ""})
+    ('plans', None)
+
+    ```
+    """
+    given = environ.get("MACROBATCH_CACHE")
+    if given is not None:
+        return Path(given) if given else None
+    base = environ.get("XDG_CACHE_HOME") or environ.get("LOCALAPPDATA")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "macrobatch"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def free_memory_bytes() -> int | None:
+    """Host memory that is free, or that the system would make free, within this process's container; None if unknown.
+
+    ```pycon
+    >>> free = free_memory_bytes()
+    >>> free is None or free > 0
+    True
+
+    ```
+    """
+    available = _field(_MEMORY, "MemAvailable:")
+    found = [] if available is None else [available * 1024]
+    limit, used = _read(_MEMORY_LIMIT), _read(_MEMORY_USED)
+    if limit.isdecimal() and used.isdecimal():  # of what is used, pages of files are given up on demand
+        found.append(max(int(limit) - int(used) + (_field(_MEMORY_STAT, "file") or 0), 0))
+    return min(found, default=None)
 
 
 def num_cores() -> int:
@@ -44,7 +87,7 @@ def num_cores() -> int:
 def description() -> dict[str, str]:
     """What a bug report should say: versions, processors and devices, by name."""
     found = {
-        "macrobatch": _version("macrobatch"),
+        "macrobatch": version("macrobatch"),
         "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
         "torch": torch.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
@@ -54,15 +97,22 @@ def description() -> dict[str, str]:
         properties = torch.cuda.get_device_properties(index)
         found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     for package in ("numpy", "transformers", "scikit-learn", "matplotlib"):
-        found[package] = _version(package)
+        found[package] = version(package)
     return found
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _field(path: str, name: str) -> int | None:
+    """The number that follows a name at the beginning of a line."""
+    words = [line.split() for line in _read(path).splitlines() if line.startswith(name)]
+    return next((int(line[1]) for line in words if line[0] == name and line[1].isdecimal()), None)
 
 
 def _read(path: str) -> str:

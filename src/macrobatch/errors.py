@@ -7,6 +7,7 @@ MacrobatchError
 ├── LossError                (also ValueError)     what a loss function returned cannot be accumulated
 │   └── NonFiniteError                             the window's loss or gradient is NaN or infinite
 ├── GradientError            (also RuntimeError)   gradients that cannot live in the flat buffer
+├── NoMemoryError            (also torch.OutOfMemoryError)  not even one sample fits into memory
 ├── PeerError                (also RuntimeError)   another rank failed, or the ranks have come apart
 ├── WindowError              (also RuntimeError)   a step out of the window's order
 ├── StateError               (also ValueError)     a state_dict that does not fit
@@ -17,6 +18,8 @@ MacrobatchError
 
 from __future__ import annotations
 
+from torch import OutOfMemoryError
+
 __all__ = [
     "ArgumentError",
     "BatchError",
@@ -24,6 +27,7 @@ __all__ = [
     "LossError",
     "MacrobatchError",
     "MissingDependencyError",
+    "NoMemoryError",
     "NonFiniteError",
     "NotYetError",
     "PeerError",
@@ -75,6 +79,10 @@ class NonFiniteError(LossError):
 
 class GradientError(MacrobatchError, RuntimeError):
     """Gradients that cannot live in the flat buffer."""
+
+
+class NoMemoryError(MacrobatchError, OutOfMemoryError):
+    """Not even a single sample fits into memory; nothing was changed."""
 
 
 class PeerError(MacrobatchError, RuntimeError):

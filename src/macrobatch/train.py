@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from macrobatch.arguments import (
     check_flag,
     check_global_batch,
     check_sparse_grad,
+    check_surroundings,
     checked_listeners,
     checked_optimizers,
     checked_schedulers,
@@ -36,8 +37,9 @@ from macrobatch.core.weighting import Normalize, Plan, make_policy
 from macrobatch.core.window import Window
 from macrobatch.data import MacroBatchLoader
 from macrobatch.errors import ArgumentError, BatchError, LossError, StateError
+from macrobatch.plan.autosize import Autosize, Cut, autosized
 from macrobatch.plan.capture import Capture, captured
-from macrobatch.plan.split import Split, make_split
+from macrobatch.plan.split import Auto, Split, make_split
 from macrobatch.sync import LocalSync, Sync, make_sync
 
 __all__ = ["TrainStep", "accumulate"]
@@ -69,7 +71,10 @@ class TrainStep:
         optimizer: one, or several that share no parameter.
         loss_fn: `loss_fn(model, micro_batch)` returns a 0-d tensor, *the mean over the samples* of the micro-batch;
             or `Loss(total, weight)` to average over something else; or a dict of them for several terms (with `count`).
-        micro_batch: samples per micro-batch, or `Rows(n)`, or `Tokens(n, lengths=...)`.
+        micro_batch: samples per micro-batch, or `Rows(n)`, or `Tokens(n, lengths=...)`. "auto" finds out with the
+            first macro-batch what is fastest within 0.9 of the memory; `Auto` has its options. A window for which
+            memory does not suffice after all runs again in smaller micro-batches, to the bits of one that was cut so
+            from the start.
         scheduler: one or several learning rate schedulers, stepped once per update.
         clip_norm: clip the 2-norm of the macro-batch's gradient to this.
         clip_value: clip its elements to [-clip_value, clip_value].
@@ -91,13 +96,11 @@ class TrainStep:
             a recording only after a window in which it agreed with eager runs; "compile" also puts `loss_fn` through
             torch.compile, which fuses kernels. What cannot be captured runs eagerly, with a line in the log that
             says why. None, the default, runs eagerly. See docs/capture.md.
-
         fused_linear: let the matrix products of `nn.Linear` layers in bf16 or fp16 add their weight gradients to the
             fp32 buffer themselves. Of use where the weights are in 16 bits, not under autocast of fp32 weights.
 
     Raises:
         ArgumentError: an argument is out of its domain.
-        NotYetError: `micro_batch="auto"`.
         GradientError: the model makes sparse gradients and they were not allowed.
 
     ```pycon
@@ -117,7 +120,7 @@ class TrainStep:
         optimizer: Optimizer | Sequence[Optimizer],
         loss_fn: LossFn,
         *,
-        micro_batch: int | Split,
+        micro_batch: int | Split | Auto | Literal["auto"] = "auto",
         scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
@@ -133,7 +136,7 @@ class TrainStep:
         fused_linear: bool = False,
     ) -> None:
         check_callables(model, loss_fn, count)
-        self.split = make_split(micro_batch)
+        split = make_split(micro_batch, autos=True)
         self.optimizers = checked_optimizers(optimizer, model)
         self.schedulers = checked_schedulers(scheduler)
         device = parameters(self.optimizers)[0].device
@@ -169,6 +172,7 @@ class TrainStep:
         self._step.listeners += checked_listeners(listeners)
         if check_flag("fused_linear", fused_linear):
             self._step.into = FusedLinear(model).into
+        self.split = autosized(split, self._step, self._counted, capture)
 
     @property
     def num_updates(self) -> int:
@@ -201,17 +205,27 @@ class TrainStep:
             NonFiniteError: the loss or the gradient is NaN or infinite.
         """
         try:
-            micro_batches = [] if batch is None else self.split.split(batch)
+            if isinstance(self.split, Autosize):
+                check_surroundings(self.optimizers, self._step.device)
+                cut = self.split.cut(batch)
+                micro_batches = [*cut]
+            else:
+                cut = None
+                micro_batches = [] if batch is None else self.split.split(batch)
             expected = self._counted(batch)
         except Exception:
             self._step.fail(counted=self._count is not None)
             raise
-        return self._run(micro_batches, Plan(len(micro_batches), sum(rows for _, rows in micro_batches), expected))
+        plan = Plan(len(micro_batches), sum(rows for _, rows in micro_batches), expected)
+        return self._run(micro_batches, plan, cut)
 
     def window(
         self, micro_batches: Iterable[Any], *, expected: Mapping[str, Weight] | Weight | None = None
     ) -> StepResult:
         """One update from micro-batches that are cut already, of any sizes; an iterator is looked one ahead.
+
+        With `micro_batch="auto"`, those that are larger than the size found are cut to it, and what an iterator gave is
+        kept until the window is over, in case that it has to run again.
 
         Args:
             micro_batches: at least one.
@@ -225,14 +239,17 @@ class TrainStep:
                 fix="pass a list of them, or call the step itself with the macro-batch",
             )
         counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
-        if not isinstance(micro_batches, Sequence) and self._step.streams:
-            return self._run(counted, Plan(None, 1, expected))
+        is_stream = not isinstance(micro_batches, Sequence) and self._step.streams
+        cut = Cut(self.split, counted, is_stream=is_stream) if isinstance(self.split, Autosize) else None
+        source = counted if cut is None else cut
+        if is_stream:
+            return self._run(source, Plan(None, 1, expected), cut)
         try:
-            counted = list(counted)
+            source = list(source)
         except Exception:
             self._step.fail(counted=expected is not None)
             raise
-        return self._run(counted, Plan(len(counted), sum(rows for _, rows in counted), expected))
+        return self._run(source, Plan(len(source), sum(rows for _, rows in source), expected), cut)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(
@@ -302,24 +319,13 @@ class TrainStep:
             raise LossError("what count returned", given="None", expected="a weight for each term", fix="return it")
         return counts
 
-    def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
-        if torch.is_inference_mode_enabled():
-            raise LossError(
-                "the loss",
-                given="a call in inference mode",
-                expected="gradients to compute",
-                fix="call the step outside of torch.inference_mode() and torch.no_grad()",
-            )
-        device = self.optimizers[0].param_groups[0]["params"][0].device
-        if device != self._step.device:
-            raise ArgumentError(
-                "TrainStep",
-                given=f"parameters on {device}, of a step that was built for {self._step.device}",
-                expected="a model that stays where it was when the step was built",
-                fix="move the model first, then build optimizer and step",
-            )
+    def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan, cut: Cut | None) -> StepResult:
+        check_surroundings(self.optimizers, self._step.device)
         self._window.size = plan.num_micro_batches or sys.maxsize
-        return self._step.run(micro_batches, plan)
+        result = self._step.run(micro_batches, plan, None if cut is None else cut.smaller)
+        if cut is not None:
+            cut.clean()
+        return result
 
 
 def accumulate(

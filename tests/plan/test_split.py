@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from macrobatch import tree
-from macrobatch.errors import ArgumentError, BatchError, NotYetError
-from macrobatch.plan.split import Rows, Tokens, make_split
+from macrobatch.errors import ArgumentError, BatchError
+from macrobatch.plan.split import Auto, Rows, Tokens, make_split
 
 PAD = 0
 
@@ -252,9 +252,10 @@ def test_make_split_passes_splits_through(split):
     assert make_split(split) is split
 
 
-def test_make_split_auto_is_not_there_yet():
-    with pytest.raises(NotYetError, match=r"micro_batch: given auto.*not part of this version.*micro_batch=16"):
-        make_split("auto")
+@pytest.mark.parametrize("auto", ["auto", Auto()], ids=str)
+def test_make_split_leaves_auto_to_a_step(auto):
+    with pytest.raises(ArgumentError, match=r"micro_batch: given auto.*only a TrainStep.*micro_batch=16"):
+        make_split(auto)
 
 
 @pytest.mark.parametrize("micro_batch", [0, -1, True, 2.0, "16", None, [4], Rows], ids=str)

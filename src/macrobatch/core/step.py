@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,23 @@ from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Upd
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.result import StepResult
-from macrobatch.core.snapshot import Snapshot
+from macrobatch.core.snapshot import Snapshot, rng_states, set_rng_states
 from macrobatch.core.tally import Seeds, Tally
 from macrobatch.core.twopass import TwoPass
 from macrobatch.core.update import Update, Verdict
 from macrobatch.core.weighting import Exact, Normalize, Plan
 from macrobatch.core.window import Window
 from macrobatch.errors import BatchError, LossError, NotYetError, WindowError
-from macrobatch.sync.base import Sync
+from macrobatch.sync.base import Again, Sync
 
-__all__ = ["LossFn", "MicroBatch", "Step"]
+__all__ = ["LossFn", "MicroBatch", "Smaller", "Step"]
 
+T = TypeVar("T")
 MicroBatch = tuple[Any, int]
 """A micro-batch and its number of samples."""
+Smaller = Callable[[torch.OutOfMemoryError | None], Iterable[MicroBatch]]
+"""From the error of a micro-batch that did not fit into memory, the whole window in smaller ones, or an error if it has
+none to offer. From None, the same window once more."""
 
 
 class Gradient(NamedTuple):
@@ -39,6 +44,8 @@ class Gradient(NamedTuple):
     num_samples: int
     before: Snapshot
     plan: Plan
+    micro_batches: Iterable[MicroBatch]
+    versions: list[int] | None
 
 
 class Step:
@@ -93,12 +100,11 @@ class Step:
             self.model, self.gradients, precision=self.update.precision, device=self.device
         )
 
-    def run(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> StepResult:
+    def run(self, micro_batches: Iterable[MicroBatch], plan: Plan, smaller: Smaller | None = None) -> StepResult:
         """Accumulate the micro-batches and update. If anything fails before the update, nothing has changed."""
         if not self.streams:
             micro_batches = list(micro_batches)
-        versions = _versions(micro_batches) if self.update.replays else None
-        gradient = self.gradient(micro_batches, plan)
+        gradient = self.gradient(micro_batches, plan, smaller)
         result = StepResult(
             gradient.tally,
             grad_norm=gradient.verdict.grad_norm,
@@ -107,7 +113,7 @@ class Step:
             num_samples=gradient.num_samples,
         )
         if result.skipped is None:
-            self._apply(lambda: self._closure(micro_batches, gradient.plan, gradient.before, result, versions))
+            self._apply(lambda: self._closure(gradient, result))
             self.window.applied()
             self._spare = self._latest  # from a window without a NaN
         else:
@@ -121,10 +127,14 @@ class Step:
             self._emit(Skipped(result=result, reason=str(result.skipped)))
         return result
 
-    def gradient(self, micro_batches: Iterable[MicroBatch], plan: Plan) -> Gradient:
+    def gradient(self, micro_batches: Iterable[MicroBatch], plan: Plan, smaller: Smaller | None = None) -> Gradient:
         """The window's gradient, finished and checked, in the buffer; the window is closed. Nothing else has moved,
-        and nothing at all if this fails."""
-        self._begin()
+        and nothing at all if this fails.
+
+        If a micro-batch does not fit into memory, the window starts over with what `smaller` makes of it: the bits are
+        those of a window that was cut so from the start.
+        """
+        self.begin()
         if self._is_running:
             raise WindowError(
                 "the step",
@@ -138,9 +148,7 @@ class Step:
             if isinstance(micro_batches, list):
                 plan = plan._replace(spare=micro_batches[0][0] if micro_batches else self._spare)
             plan = self.sync.plan(plan._replace(is_coupled=isinstance(self.loss_fn, TwoPass)))
-            loss_fn = self._loss_fn(micro_batches, plan, before)
-            tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn)
-            verdict = self.update.finish(self.gradients, tally)
+            gradient = self._until_it_fits(micro_batches, plan, before, smaller)
         except BaseException:
             self.window.discard()
             self.update.precision.cancel()
@@ -149,10 +157,46 @@ class Step:
             raise
         finally:
             self._is_running = False
-        return Gradient(tally, verdict, num_samples, before, plan)
+        return gradient
+
+    def _until_it_fits(
+        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, smaller: Smaller | None
+    ) -> Gradient:
+        states = rng_states(self.device) if smaller is not None or self.sync.has_peers else None
+        while True:
+            may_repeat = self.update.replays or (self.sync.has_peers and smaller is None)
+            versions = _versions(micro_batches) if may_repeat and isinstance(micro_batches, list) else None
+            try:
+                loss_fn = self._first_pass(micro_batches, plan, before, smaller)
+                tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn, smaller)
+                break
+            except Again as again:
+                micro_batches = again.micro_batches or self._same_again(micro_batches, versions, smaller)
+            if isinstance(micro_batches, list):
+                self.window.size = max(len(micro_batches), 1)
+            self.window.restart()
+            before.restore()
+            if states is not None:
+                set_rng_states(self.device, states)
+        verdict = self.update.finish(self.gradients, tally)
+        return Gradient(tally, verdict, num_samples, before, plan, micro_batches, versions)
+
+    def _first_pass(
+        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, smaller: Smaller | None
+    ) -> LossFn:
+        try:
+            return self.window_loss(micro_batches, plan, before)
+        except torch.OutOfMemoryError as error:
+            if smaller is None:
+                raise
+            raise self._again(error, smaller) from None
 
     def _accumulate(
-        self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan, loss_fn: LossFn
+        self,
+        micro_batches: Iterable[tuple[Any, int, bool]],
+        plan: Plan,
+        loss_fn: LossFn,
+        smaller: Smaller | None = None,
     ) -> tuple[Tally, int]:
         """Fill the gradient buffer; returns the weights and losses, and the number of samples."""
         self.gradients.start()
@@ -172,15 +216,43 @@ class Step:
                         self.micro_step(loss_fn, micro_batch, num_rows, tally)
                     if self.listeners and num_rows:
                         self._emit(MicroBatchDone(index=index, is_last=is_last))
+        except torch.OutOfMemoryError as error:
+            if smaller is not None:
+                raise self._again(error, smaller) from None
+            self.sync.close(self.gradients, None)
+            raise
         except Exception:
             self.sync.close(self.gradients, None)
             raise
         self.sync.close(self.gradients, tally)
         return tally, num_samples
 
+    def _again(self, error: torch.OutOfMemoryError, smaller: Smaller) -> Again:
+        traceback.clear_frames(error.__traceback__)  # they hold the graph that did not fit
+        micro_batches = self._told(lambda: smaller(error))
+        self.sync.again(self.gradients)
+        return Again(micro_batches)
+
+    def _same_again(
+        self, micro_batches: Iterable[MicroBatch], versions: list[int] | None, smaller: Smaller | None
+    ) -> Iterable[MicroBatch]:
+        """Memory ran out on another rank, which has sent a part of its gradients."""
+        if smaller is not None:
+            return self._told(lambda: smaller(None))
+        self._told(lambda: _check_unchanged(micro_batches, versions))
+        return micro_batches
+
+    def _told(self, action: Callable[[], T]) -> T:
+        """What an action returns; of its error, the other ranks hear."""
+        try:
+            return action()
+        except BaseException:
+            self.sync.close(self.gradients, None)
+            raise
+
     def fail(self, *, counted: bool) -> None:
         """Tell the other ranks that this one has nothing for the window, not even an empty share."""
-        self._begin()
+        self.begin()
         is_coupled = isinstance(self.loss_fn, TwoPass)
         self.sync.plan(Plan(None, 0.0, {} if counted else None, is_coupled=is_coupled))
         if not is_coupled:  # else they have heard of it, and not begun
@@ -192,12 +264,14 @@ class Step:
         """Whether a window's micro-batches may come one by one, their number unknown."""
         return self.sync.streams and not self.update.replays and not isinstance(self.loss_fn, TwoPass)
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Make the ranks equal, once, before anything is computed."""
         if not self._begun:
             self.sync.begin(self.model, self.gradients)
             self._begun = True
 
-    def _loss_fn(self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot) -> LossFn:
+    def window_loss(self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot) -> LossFn:
+        """The loss function for the micro-batches of a window, in order."""
         if not isinstance(self.loss_fn, TwoPass):
             return self.loss_fn
         if self.policy != Exact():
@@ -228,9 +302,7 @@ class Step:
             self.update.precision.cancel()
             raise
 
-    def _closure(
-        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, result: StepResult, versions: Any
-    ) -> Callable[[], Tensor]:
+    def _closure(self, gradient: Gradient, result: StepResult) -> Callable[[], Tensor]:
         """The window's loss and gradient as a function of the parameters, for an optimizer that asks for it: every
         call replays all micro-batches, with the same dropout and from the same module buffers."""
         lenient = replace(self.update, nonfinite="skip")  # a line search may try a point where the loss is infinite
@@ -240,9 +312,10 @@ class Step:
             if at_hand:
                 at_hand.clear()
                 return torch.tensor(result.loss, dtype=torch.float64, device=self.device)
-            _check_unchanged(micro_batches, versions)
+            micro_batches, plan, before = gradient.micro_batches, gradient.plan, gradient.before
+            _check_unchanged(micro_batches, gradient.versions)
             before.restore()
-            loss_fn = self._loss_fn(micro_batches, plan, before)
+            loss_fn = self.window_loss(micro_batches, plan, before)
             tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan, loss_fn)
             lenient.finish(self.gradients, tally)
             loss = sum(loss for loss, _ in tally.read().values())
@@ -294,6 +367,13 @@ def _versions(micro_batches: Iterable[MicroBatch]) -> list[int]:
 
 
 def _check_unchanged(micro_batches: Iterable[MicroBatch], versions: list[int] | None) -> None:
+    if not isinstance(micro_batches, list):
+        raise WindowError(
+            "the window",
+            given="a stream of micro-batches",
+            expected="a list: memory ran out on another rank, and all ranks have to run the window again",
+            fix="pass a list of micro-batches, or the same micro_batch to the steps of all ranks",
+        )
     if versions is not None and versions != _versions(micro_batches):
         raise LossError(
             "loss_fn",

@@ -138,6 +138,10 @@ class Window:
         self.num_dropped += num_lost
         return num_lost
 
+    def restart(self) -> None:
+        """What is pending begins anew with its first micro-batch; nothing is lost."""
+        self.num_pending, self._closed = 0, False
+
     def state_dict(self) -> dict[str, Any]:
         """All of the window's state as plain values."""
         return {

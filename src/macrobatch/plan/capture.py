@@ -89,7 +89,7 @@ class Compiled:
     """
 
     def __init__(self, loss_fn: LossFn) -> None:
-        self._eager = loss_fn
+        self.eager = loss_fn
         self._forms: set[Hashable] = set()
         self._has_warned = False
         self._narrow: list[Tensor] | None = None
@@ -97,7 +97,7 @@ class Compiled:
 
     def __call__(self, model: Any, micro_batch: Any) -> Any:
         if self._compiled is None or not self._is_admitted(micro_batch):
-            return self._eager(model, micro_batch)
+            return self.eager(model, micro_batch)
         if self._narrow is None:
             self._narrow = [param for param in model.parameters() if param.itemsize < 4]
         try:
@@ -110,7 +110,7 @@ class Compiled:
                 raise
             self._compiled = None
             _LOG.warning("capture: runs eagerly, since torch.compile failed: %s", str(error).partition("\n")[0])
-            return self._eager(model, micro_batch)
+            return self.eager(model, micro_batch)
 
     def _is_admitted(self, micro_batch: Any) -> bool:
         try:

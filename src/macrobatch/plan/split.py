@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from torch import Tensor
 
 from macrobatch import tree
-from macrobatch.errors import ArgumentError, BatchError, NotYetError
+from macrobatch.errors import ArgumentError, BatchError
+from macrobatch.plan.memory import Memory
 
-__all__ = ["Rows", "Split", "Tokens", "make_split"]
+__all__ = ["Auto", "Rows", "Split", "Tokens", "make_split"]
 
 Lengths = Callable[[Any], Tensor | Sequence[int]]
 
@@ -86,7 +87,15 @@ class Tokens:
         Raises:
             BatchError: a single row is longer than the cap, or `lengths` does not fit the batch.
         """
-        lengths = self._read_lengths(batch)
+        lengths = self.read_lengths(batch)
+        for row, length in enumerate(lengths):
+            if length > self.max_tokens:
+                raise BatchError(
+                    f"row {row}",
+                    given=f"{length} tokens",
+                    expected=f"at most max_tokens={self.max_tokens}",
+                    fix="raise max_tokens, or truncate the sample",
+                )
         sizes: list[int] = []
         longest: list[int] = []
         for length in (max(length, 1) for length in lengths):
@@ -101,7 +110,8 @@ class Tokens:
             parts = [self.trim(part, width) for part, width in zip(parts, longest, strict=True)]
         return list(zip(parts, sizes, strict=True))
 
-    def _read_lengths(self, batch: Any) -> list[int]:
+    def read_lengths(self, batch: Any) -> list[int]:
+        """The number of tokens of each row, as `lengths` tells it."""
         lengths: Any = self.lengths(batch)
         values = lengths.tolist() if isinstance(lengths, Tensor | np.ndarray) else lengths
         rows = tree.num_rows(batch)
@@ -112,35 +122,90 @@ class Tokens:
                 expected=f"an integer >= 0 for each of the {rows} rows",
                 fix="return one length per sample, for example batch['attention_mask'].sum(1)",
             )
-        for row, value in enumerate(values):
-            if value > self.max_tokens:
-                raise BatchError(
-                    f"row {row}",
-                    given=f"{value} tokens",
-                    expected=f"at most max_tokens={self.max_tokens}",
-                    fix="raise max_tokens, or truncate the sample",
-                )
         return list(values)
 
 
 Split = Rows | Tokens
 
 
-def make_split(micro_batch: object) -> Split:
-    """How to cut for the argument `micro_batch`: an integer means `Rows`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Auto:
+    """Micro-batches of the size that is fastest here, found out with the first macro-batch: `micro_batch="auto"`.
+
+    The size is chosen once for a step; the first macro-batch should look like those that follow. Should a micro-batch
+    not fit into memory later on, its window runs again in smaller ones, and the size grows back in time.
+
+    Args:
+        memory_fraction: of the memory there is, the most that a micro-batch may take, in (0, 1].
+        lengths: as for `Tokens`; what is chosen then is the number of tokens in a micro-batch, not of samples.
+        trim: as for `Tokens`.
+        memory: what to measure and how much there is of it; None finds out.
+        remembers: keep what was measured in a small file, for the next run (see `MACROBATCH_CACHE`).
+
+    ```pycon
+    >>> Auto().of(4), Auto(lengths=lambda ids: (ids != 0).sum(1)).of(4).max_tokens
+    (Rows(num_rows=4), 4)
+
+    ```
+    """
+
+    memory_fraction: float = 0.9
+    lengths: Lengths | None = None
+    trim: Callable[[Any, int], Any] | None = None
+    memory: Memory | None = None
+    remembers: bool = True
+
+    def __post_init__(self) -> None:
+        fraction: Any = self.memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ArgumentError("memory_fraction", given=fraction, expected="a number in (0, 1]", fix="leave it at 0.9")
+        if self.memory is not None and not isinstance(self.memory, Memory):
+            raise ArgumentError("Auto.memory", given=self.memory, expected="a Memory or None", fix="leave it out")
+        if self.lengths is not None:
+            self.of(1)
+        elif self.trim is not None:
+            raise ArgumentError(
+                "Auto.trim", given="a function, without lengths", expected="both", fix="pass lengths=, see Tokens"
+            )
+
+    @property
+    def unit(self) -> str:
+        """What a size counts."""
+        return "samples" if self.lengths is None else "tokens"
+
+    def of(self, size: int) -> Split:
+        """Micro-batches of a given size."""
+        return Rows(size) if self.lengths is None else Tokens(size, lengths=self.lengths, trim=self.trim)
+
+    def sizes(self, batch: Any, num_rows: int) -> tuple[int, int]:
+        """The size of the whole batch and that of its largest sample."""
+        if self.lengths is None:
+            return num_rows, 1
+        longest = max(1, *Tokens(1, lengths=self.lengths).read_lengths(batch))
+        return num_rows * longest, longest
+
+
+@overload
+def make_split(micro_batch: object, *, autos: Literal[False] = False) -> Split: ...
+@overload
+def make_split(micro_batch: object, *, autos: Literal[True]) -> Split | Auto: ...
+def make_split(micro_batch: object, *, autos: bool = False) -> Split | Auto:
+    """How to cut for the argument `micro_batch`: an integer means `Rows`; "auto" means `Auto`, if `autos`.
 
     Raises:
         ArgumentError: not a positive integer, `Rows` or `Tokens`.
-        NotYetError: "auto".
     """
     if isinstance(micro_batch, Rows | Tokens):
         return micro_batch
-    if micro_batch == "auto":
-        raise NotYetError(
+    is_auto = isinstance(micro_batch, str) and micro_batch == "auto"
+    if autos and (is_auto or isinstance(micro_batch, Auto)):
+        return Auto() if is_auto else micro_batch  # pyright: ignore[reportReturnType]
+    if is_auto or isinstance(micro_batch, Auto):
+        raise ArgumentError(
             "micro_batch",
             given="auto",
-            expected="an integer, Rows(n) or Tokens(n, lengths=...); the planner is not part of this version",
-            fix="pass the largest number of samples that fits, for example micro_batch=16",
+            expected="an integer, Rows(n) or Tokens(n, lengths=...); only a TrainStep finds its size out",
+            fix="pass a number of samples that fits, for example micro_batch=16",
         )
     _check_size("micro_batch", micro_batch, "samples in a micro-batch")
     return Rows(micro_batch)  # pyright: ignore[reportArgumentType]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +14,19 @@ from macrobatch.core.twopass import Alone
 from macrobatch.core.weighting import Plan
 from macrobatch.ranks import Ranks
 
-__all__ = ["LocalSync", "Sync"]
+__all__ = ["Again", "LocalSync", "Sync"]
+
+
+class Again(Exception):
+    """The window has to be run once more: a micro-batch did not fit into memory, on this rank or on another.
+
+    Args:
+        micro_batches: what to run; None if it was on another rank, and this one runs the same again.
+    """
+
+    def __init__(self, micro_batches: Any = None) -> None:
+        super().__init__("out of memory")
+        self.micro_batches = micro_batches
 
 
 class Sync:
@@ -24,7 +37,7 @@ class Sync:
     1. `begin`, once, before the first window;
     2. `plan`, at the start of every window;
     3. `micro_batch`, around the forward and the backward of every micro-batch;
-    4. `close`, after the last backward, or after an error.
+    4. `close`, after the last backward, or after an error; `again`, if the window is to be run once more.
 
     Sums travel: gradients and weights are added up over ranks and divided once, by the caller.
     """
@@ -44,9 +57,17 @@ class Sync:
     widens = True
     """Whether 16-bit parameters may have gradients in float32."""
 
+    repeats = True
+    """Whether a window can be run again after a micro-batch that did not fit into memory."""
+
     def ranks(self, model: nn.Module) -> Ranks:
         """This process among those that share a macro-batch."""
         return Ranks()
+
+    def agree(self, numbers: Sequence[float]) -> list[float]:
+        """The least of each number over the ranks that have to run alike; the numbers as they are, where each runs for
+        itself."""
+        return list(numbers)
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Make parameters and module buffers equal on all ranks."""
@@ -72,9 +93,14 @@ class Sync:
 
         Raises:
             PeerError: another rank failed; no rank's window counts.
+            Again: another rank has called `again` after some of its gradients had left.
         """
         if tally is not None:
             gradients.collect()
+
+    def again(self, gradients: GradientBuffer) -> None:
+        """This rank's micro-batches are too large and it will run the window again; the others need to hear of it
+        only if they have gradients of it already."""
 
 
 LocalSync = Sync

@@ -35,12 +35,12 @@ from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, GradientError, PeerError
 from macrobatch.ranks import Ranks
-from macrobatch.sync.base import Sync
+from macrobatch.sync.base import Again, Sync
 from macrobatch.sync.peers import Peers, joined, ranks_in, unlike
 
 __all__ = ["ReplicatedSync"]
 
-_FAILED, _LATE, _CHANGED, _SUMS = 0, 1, 2, 3  # where the numbers of the header begin
+_FAILED, _LATE, _CHANGED, _AGAIN, _SUMS = range(5)  # where the numbers of the header begin
 
 
 class ReplicatedSync(Sync):
@@ -131,7 +131,8 @@ class ReplicatedSync(Sync):
         peers.broadcast(tensors, spares_equal=True)
 
     def header(self, num_parameters: int) -> int:
-        """Room for: a rank failed; a gradient came late; the parameters changed; the tally's sums; which were used."""
+        """Room for: a rank failed; a gradient came late; the parameters changed; a rank has to run the window again;
+        the tally's sums; which parameters were used."""
         return _SUMS + NUM_SUMS + num_parameters
 
     def plan(self, plan: Plan) -> Plan:
@@ -186,29 +187,32 @@ class ReplicatedSync(Sync):
         header = gradients.flats[0].header[: self.header(len(gradients.slots))].tolist()
         if refused is not None:
             raise refused
-        if header[_CHANGED]:
-            if tally is None:
-                return
-            raise unlike(f"others than before on {header[_CHANGED]:.0f} ranks, and the same on this one")
-        if header[_FAILED]:
-            if tally is None:
-                return
-            raise PeerError(
-                "the window",
-                given=f"{header[_FAILED]:.0f} of the other ranks failed in it",
-                expected="every rank to reach the end of the window; nothing was changed on this one",
-                fix="look at the error of the rank that failed",
-            )
+        if tally is None:
+            return
+        _check_peers(header)
+        if header[_AGAIN]:
+            raise Again
         if header[_LATE]:
             self._add_latecomers(gradients, late)
         for slot, uses in zip(gradients.slots, header[_SUMS + NUM_SUMS :], strict=True):
             slot.used = uses > 0
-        if tally is not None:
-            tally.absorb(header[_SUMS : _SUMS + NUM_SUMS])
+        tally.absorb(header[_SUMS : _SUMS + NUM_SUMS])
         if self._cross_check:
             self._cross_check = False
             self._peers.check_replicas(gradients)
         self._peers.broadcast(self._model.buffers())
+
+    def again(self, gradients: GradientBuffer) -> None:
+        """Alone, as long as nothing has left. Buckets that have left hold sums on all ranks, which cannot be taken
+        apart: the rest follows them, with a word in the header, and all ranks run the window again."""
+        if not self._flying:
+            return
+        self._latecomers()
+        self._fill_header(gradients, None, [])
+        header = gradients.flats[0].header
+        header[_FAILED], header[_AGAIN] = 0.0, 1.0
+        self._exchange()
+        _check_peers(header[:_SUMS].tolist())
 
     def _exchange(self) -> None:
         """Send what has not left yet, and wait for all of it."""
@@ -324,10 +328,23 @@ class ReplicatedSync(Sync):
 
     def _fill_header(self, gradients: GradientBuffer, tally: Tally | None, late: list[tuple[Slot, Tensor]]) -> None:
         header = gradients.flats[0].header
-        flags = [float(tally is None), float(bool(late)), 0.0]
+        flags = [float(tally is None), float(bool(late)), 0.0, 0.0]
         used = [float(slot.used and tally is not None) for slot in gradients.slots]
         sums = [0.0] * NUM_SUMS if tally is None else tally.pack(header.dtype, header.device)
         header[: _SUMS + NUM_SUMS + len(used)] = joined([flags, sums, used], header.dtype, header.device)
+
+
+def _check_peers(header: list[float]) -> None:
+    """Raise what other ranks have told of."""
+    if header[_CHANGED]:
+        raise unlike(f"others than before on {header[_CHANGED]:.0f} ranks, and the same on this one")
+    if header[_FAILED]:
+        raise PeerError(
+            "the window",
+            given=f"{header[_FAILED]:.0f} of the other ranks failed in it",
+            expected="every rank to reach the end of the window; nothing was changed on this one",
+            fix="look at the error of the rank that failed",
+        )
 
 
 def _places(slots: list[Slot]) -> list[tuple[int, int, torch.dtype]]:

@@ -83,6 +83,7 @@ class ShardedSync(Sync):
 
     has_peers = True
     streams = False
+    repeats = False
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class WrappedSync(Sync):
 
     has_peers = True
     streams = False
+    repeats = False
     widens = False
 
     def __init__(self, *, cross_check: bool = True) -> None:

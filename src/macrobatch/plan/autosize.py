@@ -1,0 +1,338 @@
+"""`micro_batch="auto"`: the size of micro-batches, found out by trying, and made smaller where memory runs out.
+
+Found out with the first macro-batch of a step: `plan.survey` says what to try, `plan.rehearsal` tries it without a
+trace, `plan.cache` remembers it. When a micro-batch does not fit after all, its window starts over with half the size:
+it is a list of samples in hand, so what it did (gradients, generators, module buffers, counts) can be put back as a
+whole. After some windows without trouble, twice the size is tried again, up to the one that was planned.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from macrobatch import env, tree
+from macrobatch.core.loss import Weight
+from macrobatch.core.step import MicroBatch, Step
+from macrobatch.core.twopass import TwoPass
+from macrobatch.core.weighting import Exact
+from macrobatch.errors import ArgumentError, LossError, NoMemoryError
+from macrobatch.plan.cache import Cache
+from macrobatch.plan.memory import memory_of
+from macrobatch.plan.rehearsal import Rehearsal, pending_state_bytes
+from macrobatch.plan.split import Auto, Split
+from macrobatch.plan.survey import Survey, Trial, find_fastest, find_largest
+
+__all__ = ["Autosize", "Cut", "autosized"]
+
+_PATIENCE, _MAX_PATIENCE = 16, 1024
+_LOG = logging.getLogger("macrobatch")
+
+Expected = Callable[[Any], Mapping[str, Weight] | Weight | None]
+
+
+class Autosize:
+    """The size of a step's micro-batches.
+
+    Args:
+        auto: what was asked for.
+        step: whose micro-batches they are.
+        expected: from a macro-batch, its weights counted ahead.
+        capture: how its micro-steps are captured.
+
+    Raises:
+        ArgumentError: the gradient would depend on the size, or ranks could not go on after an error of one.
+    """
+
+    def __init__(self, auto: Auto, step: Step, expected: Expected, capture: object) -> None:
+        is_coupled = isinstance(step.loss_fn, TwoPass) and step.sync.has_peers
+        if step.policy != Exact() or not step.sync.repeats or is_coupled:
+            raise ArgumentError(
+                "micro_batch",
+                given=f'"auto" with {step.policy} and {type(step.sync).__name__}' + " and TwoPass" * is_coupled,
+                expected='normalize="exact", and ranks that can run a window again each by itself',
+                fix="pass a number of samples that fits, for example micro_batch=16",
+            )
+        self.auto = auto
+        self.size: int | None = None
+        """Largest micro-batch that is run, in samples (or tokens); None before the first macro-batch."""
+        self.survey: Survey | None = None
+        """What was tried and chosen; None before the first macro-batch."""
+        self._step = step
+        self._expected = expected
+        self._capture = capture if isinstance(capture, str | None) else type(capture).__name__
+        self._memory = auto.memory or memory_of(step.device)
+        self._cache = Cache(env.cache_folder() if auto.remembers else None)
+        self._ceiling = 0
+        self._num_clean = 0
+        self._patience = _PATIENCE
+        self._has_grown = False
+
+    def cut(self, batch: Any) -> Cut:
+        """The micro-batches of a macro-batch; None has none. With the first one, the size is found out."""
+        given = [] if batch is None else [(batch, tree.num_rows(batch))]
+        if self.survey is None:
+            self._plan(batch)
+        return Cut(self, given, is_stream=False)
+
+    def pieces(self, micro_batch: Any, num_rows: int) -> Iterable[MicroBatch]:
+        """A micro-batch as it is, or cut to the present size."""
+        if self.size is None:
+            return [(micro_batch, num_rows)]
+        whole, least = self.auto.sizes(micro_batch, num_rows)
+        return (
+            [(micro_batch, num_rows)] if whole <= self.size else self.auto.of(max(self.size, least)).split(micro_batch)
+        )
+
+    def shrink(self, error: torch.OutOfMemoryError, largest: int, least: int) -> None:
+        """A micro-batch did not fit: half of the largest of its window from now on.
+
+        Raises:
+            NoMemoryError: it was a single sample.
+        """
+        if largest <= least:
+            raise _no_memory(self.auto.unit, largest, error)
+        self._ceiling = max(self._ceiling, self.size or largest)
+        self.size, before = max(-(-largest // 2), least), self.size or largest
+        self._num_clean = 0
+        if self._has_grown:
+            self._patience = min(2 * self._patience, _MAX_PATIENCE)
+        self._memory.release()
+        _LOG.warning(
+            "micro-batch: %d %s instead of %d, since memory ran out (%s)",
+            self.size,
+            self.auto.unit,
+            before,
+            _first_line(error),
+        )
+
+    def clean(self) -> None:
+        """A window went through. After some of them, a larger size is tried again."""
+        if self.size is None or self.size >= self._ceiling:
+            return
+        self._num_clean += 1
+        if self._num_clean >= self._patience:
+            self.size, before = min(2 * self.size, self._ceiling), self.size
+            self._num_clean, self._has_grown = 0, True
+            _LOG.info(
+                "micro-batch: %d %s instead of %d, tried again after %d windows",
+                self.size,
+                self.auto.unit,
+                before,
+                self._patience,
+            )
+
+    def _plan(self, batch: Any) -> None:
+        total, least = (0, 0) if batch is None else self.auto.sizes(batch, tree.num_rows(batch))
+        (lowest,) = self._step.sync.agree([total])
+        if lowest < 1:  # some rank has nothing to try; with the next macro-batch, then
+            self.size = self.size or max(least, 1)
+            return
+        total = int(lowest)
+        key = self._key(batch, total)
+        remembered = self._remembered(key)
+        self.survey = remembered or self._surveyed(batch, total, least)
+        if remembered is None:
+            self._cache.store(key, self.survey.as_dict())
+        self.size = self._ceiling = self.survey.size
+        _LOG.info("micro-batch: %s", describe(self.survey, is_remembered=remembered is not None))
+
+    def _surveyed(self, batch: Any, total: int, least: int) -> Survey:
+        self._step.begin()
+        rehearsal = Rehearsal(self._step, self._memory, self._expected(batch))
+        reserved = pending_state_bytes(self._step.update.optimizers)
+        capacity = self._memory.capacity_bytes()
+        limit = None if capacity is None else max(int(self.auto.memory_fraction * capacity) - reserved, 0)
+        rehearsal.peak_bytes(self._trial(batch, min(2 * least, total)))  # libraries set themselves up in a first run
+
+        peaks: dict[int, int | None] = {}
+
+        def peak_bytes(size: int) -> int | None:
+            if size not in peaks:
+                peak = rehearsal.peak_bytes(self._trial(batch, size))
+                (negative,) = self._step.sync.agree([-math.inf if peak is None else -peak])
+                peaks[size] = None if negative == -math.inf else int(-negative)
+            return peaks[size]
+
+        def seconds(size: int) -> float:
+            peak_bytes(size)
+            (negative,) = self._step.sync.agree([-rehearsal.seconds(self._trial(batch, size))])
+            return -negative
+
+        largest = find_largest(peak_bytes, smallest=least, total=total, limit_bytes=limit)
+        if not largest:
+            raise _no_memory(self.auto.unit, least, None)
+        times, size = find_fastest(seconds, largest=largest, candidates=self._candidates(batch, total, least, largest))
+        return Survey(
+            trials=[Trial(each, peaks[each], times.get(each)) for each in sorted(peaks)],
+            unit=self.auto.unit,
+            total=total,
+            limit_bytes=limit,
+            reserved_bytes=reserved,
+            largest=largest,
+            size=size,
+            reason="the fastest of what fits" if size < total else "the fastest: all at once",
+        )
+
+    def _candidates(self, batch: Any, total: int, least: int, largest: int) -> Iterator[tuple[int, int]]:
+        """Sizes, the largest first, and how many micro-batches they make of the batch: twice as many each time."""
+        num = -(-total // largest)
+        seen: set[int] = set()
+        while (size := min(max(-(-total // num), least), largest)) not in seen:
+            seen.add(size)
+            yield size, num if self.auto.lengths is None else len(self.auto.of(size).split(batch))
+            num *= 2
+
+    def _trial(self, batch: Any, size: int) -> Any:
+        """A micro-batch of a size, as a copy: a loss function may change what it is given."""
+        if self.auto.lengths is None:
+            return tree.select(batch, [*range(size)])
+        part, _ = max(self.auto.of(size).split(batch), key=lambda each: self.auto.sizes(*each)[0])
+        return tree.select(part, [*range(tree.num_rows(part))])
+
+    def _remembered(self, key: Mapping[str, Any]) -> Survey | None:
+        value = self._cache.load(key)
+        if value is None:
+            return None
+        try:
+            return Survey.from_dict(value)
+        except (ValueError, TypeError, KeyError) as error:
+            self._cache.complain(key, error)
+            return None
+
+    def _key(self, batch: Any, total: int) -> dict[str, Any]:
+        leaves = [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
+        capacity = self._memory.capacity_bytes()
+        is_given = self.auto.memory is not None or self._step.device.type == "cuda"
+        return {
+            "model": _signature(self._step.model),
+            "loss_fn": getattr(self._step.loss_fn, "__qualname__", type(self._step.loss_fn).__qualname__),
+            "precision": self._step.update.precision.name,
+            "optimizers": list(map(_kind, self._step.update.optimizers)),
+            "capture": self._capture,
+            "sync": type(self._step.sync).__name__,
+            "batch": [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in leaves],
+            "total": total,
+            "unit": self.auto.unit,
+            "device": _device_name(self._step.device),
+            # of a shared host, what is free changes all the time
+            "memory": [round(capacity / 2**28, 0) if capacity and is_given else None, self.auto.memory_fraction],
+            "versions": [torch.__version__, env.version("macrobatch")],
+        }
+
+
+class Cut:
+    """A window's samples, to be run in micro-batches that fit. Each pass over it is the window from its beginning.
+
+    Args:
+        autosize: knows the size.
+        given: micro-batches of any size.
+        is_stream: they are read as they are needed, and what was read is kept.
+    """
+
+    def __init__(self, autosize: Autosize, given: Iterable[MicroBatch], *, is_stream: bool) -> None:
+        self._autosize = autosize
+        self._is_stream = is_stream
+        self._rest = iter(given)
+        self._kept: list[MicroBatch] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._largest = 0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        self._largest = 0
+        for given in self._kept:
+            yield from self._pieces(*given)
+        for given in self._rest:
+            self._kept.append(given)
+            self._versions += [(leaf, leaf._version) for leaf in tree.leaves(given[0]) if _has_version(leaf)]
+            yield from self._pieces(*given)
+
+    def smaller(self, error: torch.OutOfMemoryError | None) -> Iterable[MicroBatch]:
+        """The same window in smaller micro-batches: a list, or, of a stream, what it gave and then the rest of it. As
+        it was, if there was no error.
+
+        Raises:
+            NoMemoryError: it had single samples already.
+            LossError: the loss function has changed the samples in place.
+        """
+        if any(leaf._version != version for leaf, version in self._versions):
+            raise LossError(
+                "loss_fn",
+                given="a batch that it changes in place",
+                expected="a batch that stays as it is: memory ran out, and this window has to run again",
+                fix="work on a copy, x = x / 255 instead of x.div_(255)",
+            )
+        if error is not None:
+            least = max(self._autosize.auto.sizes(*given)[1] for given in self._kept)
+            self._autosize.shrink(error, self._largest, least)
+        return self if self._is_stream else [*self]
+
+    def clean(self) -> None:
+        """The window went through."""
+        self._autosize.clean()
+
+    def _pieces(self, micro_batch: Any, num_rows: int) -> Iterator[MicroBatch]:
+        for piece, rows in self._autosize.pieces(micro_batch, num_rows):
+            self._largest = max(self._largest, self._autosize.auto.sizes(piece, rows)[0])
+            yield piece, rows
+
+
+def autosized(split: Split | Auto, step: Step, expected: Expected, capture: object) -> Split | Autosize:
+    """What cuts a step's macro-batches."""
+    return Autosize(split, step, expected, capture) if isinstance(split, Auto) else split
+
+
+def describe(survey: Survey, *, is_remembered: bool = False) -> str:
+    """One line about a survey."""
+    times = {trial.size: trial.seconds for trial in survey.trials}
+    seconds = times[survey.size]
+    speed = f", {survey.size / seconds:.4g} {survey.unit}/s" if seconds else ""
+    limit = "" if survey.limit_bytes is None else f" of a limit of {survey.limit_bytes / 1e6:,.4g} MB"
+    source = "as remembered" if is_remembered else f"{len(survey.trials)} sizes tried"
+    return f"{survey.size} {survey.unit}{speed} ({survey.reason}; {survey.largest} would fit{limit}; {source})"
+
+
+def _no_memory(unit: str, size: int, error: BaseException | None) -> NoMemoryError:
+    what = "a single sample" if unit == "samples" else f"a single sample of {size} tokens"
+    return NoMemoryError(
+        "the micro-batch",
+        given=f"{what}, which does not fit into memory" + (f" ({_first_line(error)})" if error else ""),
+        expected="room for one; nothing was changed",
+        fix='make less of it: precision="bf16", torch.utils.checkpoint in the model, shorter samples, a smaller model',
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
+def _has_version(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_inference()
+
+
+def _signature(model: nn.Module) -> list[Any]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [str(model), [[n, list(t.shape), str(t.dtype), t.requires_grad] for n, t in tensors], model.training]
+
+
+def _kind(optimizer: Optimizer) -> list[Any]:
+    """What of an optimizer decides how much state it has."""
+    switches = {
+        f"{name}={bool(value)}"
+        for group in optimizer.param_groups
+        for name, value in group.items()
+        if isinstance(value, bool | int | float)
+    }
+    return [type(optimizer).__name__, *sorted(switches)]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

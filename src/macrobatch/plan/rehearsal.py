@@ -1,0 +1,183 @@
+"""Micro-steps on trial: forward and backward as in a window, and no trace of them.
+
+Afterwards, module buffers, gradients and the default generators of torch, Python and NumPy are as before, to the bit;
+parameters, optimizer, scheduler and counters were never touched. Not undone: the allocator's peak statistics, and what
+a loss function does besides computing a loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from macrobatch import tree
+from macrobatch.core.autograd import set_gradient
+from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.loss import Weight
+from macrobatch.core.microstep import MicroStep
+from macrobatch.core.snapshot import Snapshot, rng_states, set_rng_states
+from macrobatch.core.step import Step
+from macrobatch.core.tally import Tally
+from macrobatch.core.weighting import Plan
+from macrobatch.plan.memory import Memory
+
+__all__ = ["Rehearsal", "pending_state_bytes"]
+
+_MIN_TIMED_S, _MAX_TIMED = 0.2, 5
+_REFERRED = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
+
+
+class Rehearsal:
+    """Tries micro-batches on a step.
+
+    Args:
+        step: whose model, loss function, precision and gradient buffer are used.
+        memory: of its device.
+        expected: weights counted ahead for the macro-batch, if its loss has several terms.
+    """
+
+    def __init__(
+        self, step: Step, memory: Memory, expected: Mapping[str, Weight] | Weight | None, *, num_passes: int = 1
+    ) -> None:
+        self._step = step
+        self._memory = memory
+        self._expected = expected
+        self._num_passes = num_passes
+        # Eagerly: a capture would keep memory for each size that is tried.
+        self._micro_step = MicroStep().bind(
+            step.model, step.gradients, precision=step.update.precision, device=step.device
+        )
+
+    def peak_bytes(self, micro_batch: Any) -> int | None:
+        """Most memory that a forward and backward takes; None if there is not enough of it."""
+        try:
+            with self._memory.measured() as peak, self._undone():
+                self._run(micro_batch)
+        except torch.OutOfMemoryError:
+            peak = None
+        if peak is None:  # what did not fit hung on the error, which is gone by now
+            self._memory.release()
+            return None
+        return peak.num_bytes
+
+    def seconds(self, micro_batch: Any) -> float:
+        """Least time of a few forwards and backwards, after one to warm up."""
+        with self._undone():
+            self._run(micro_batch)
+            times: list[float] = []
+            while len(times) < 2 or (len(times) < _MAX_TIMED and sum(times) < _MIN_TIMED_S):
+                self._memory.synchronize()
+                begin = time.perf_counter()
+                self._run(micro_batch)
+                self._memory.synchronize()
+                times.append(time.perf_counter() - begin)
+        return min(times)
+
+    def _run(self, micro_batch: Any) -> None:
+        step = self._step
+        num_rows = tree.num_rows(micro_batch)
+        for index in range(self._num_passes):
+            tally = Tally(step.policy, expected=self._expected, guess=num_rows, num_micro_batches=1)
+            loss_fn = step.window_loss([(micro_batch, num_rows)], Plan(1, num_rows), Snapshot(step.model, step.device))
+            loss_fn = getattr(loss_fn, "eager", loss_fn)
+            ahead = tree.to_device(micro_batch, step.device)  # as in a window, where the next one is copied meanwhile
+            with step.into(step.gradients), step.sync.micro_batch(step.gradients, is_last=index > 0):
+                self._micro_step(loss_fn, micro_batch, num_rows, tally)
+            del ahead
+
+    @contextmanager
+    def _undone(self) -> Generator[None]:
+        step = self._step
+        before, states = Snapshot(step.model, step.device), rng_states(step.device)
+        try:
+            with _aside(step.gradients, step.update.optimizers):
+                step.gradients.start()
+                yield
+        finally:
+            before.restore()
+            set_rng_states(step.device, states)
+
+
+@contextmanager
+def _aside(gradients: GradientBuffer, optimizers: Any) -> Generator[None]:
+    """Lends the gradient buffer; afterwards, gradients are as they were."""
+    held = [(p, p.grad) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    slots, flats = gradients.slots, gradients.flats
+    used = [slot.used for slot in slots]
+    saved = [flat.storage.cpu() for flat in flats] if any(used) else []  # to the host: it must not count
+    try:
+        yield
+    finally:
+        if not slots:
+            gradients.release()
+        elif gradients.flats is flats:
+            for flat, storage in zip(flats, saved, strict=False):
+                flat.storage.copy_(storage)
+            for slot, was_used in zip(slots, used, strict=True):
+                slot.used = was_used
+        for param, gradient in held:
+            if param.grad is not gradient:
+                set_gradient(param, gradient)
+
+
+def pending_state_bytes(optimizers: Any) -> int:
+    """Bytes of state that optimizers have yet to allocate, in their first step.
+
+    One of torch's own kinds is asked: its like takes a step on parameters of the same shapes on the meta device, which
+    has no memory. Of others no code is run that nobody asked for; two float32 numbers per element are assumed.
+
+    ```pycon
+    >>> pending_state_bytes([torch.optim.AdamW(nn.Linear(10, 10).parameters())])  # two moments of 110, two counts
+    888
+
+    ```
+    """
+    return sum(map(_pending_bytes, optimizers))
+
+
+def _pending_bytes(optimizer: Optimizer) -> int:
+    fresh = [
+        ({**group, "params": [p for p in group["params"] if p.requires_grad and p not in optimizer.state]})
+        for group in optimizer.param_groups
+    ]
+    fresh = [group for group in fresh if group["params"]]
+    numel = sum(_local(p).numel() for group in fresh for p in group["params"])
+    if not numel:
+        return 0
+    kind = type(optimizer)
+    if kind is torch.optim.LBFGS:
+        history: Any = max(group["history_size"] for group in fresh)
+        return (2 * history + 5) * numel * 4
+    if not kind.__module__.startswith("torch.optim."):
+        return 8 * numel
+    try:
+        return _state_bytes_on_meta(kind, fresh)
+    except _REFERRED:
+        return 8 * numel
+
+
+def _state_bytes_on_meta(kind: type[Any], groups: list[dict[str, Any]]) -> int:
+    switches = {"fused": False, "foreach": False, "capturable": False}
+    like: list[dict[str, Any]] = []
+    for group in groups:
+        params = [nn.Parameter(torch.empty_like(_local(p), device="meta")) for p in group["params"]]
+        for param in params:
+            param.grad = torch.empty_like(param)
+        off = {name: value for name, value in switches.items() if name in group}
+        like.append({**group, **off, "params": params})
+    twin: Any = kind(like)
+    with torch.no_grad():
+        inspect.unwrap(kind.step)(twin)  # unwrapped, since hooks of all optimizers are no business of this one
+    values = [value for state in twin.state.values() for value in state.values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def _local(param: Any) -> Tensor:
+    return param.to_local() if hasattr(param, "to_local") else param
