@@ -239,6 +239,9 @@ def _rebuilt(node: Any, keys: Sequence[Any], values: Sequence[Any]) -> Any:
 def _flatten(tree: Any) -> tuple[list[Any], Rebuild]:
     if type(tree) is tuple and tree and all(type(node) is Tensor and node.ndim for node in tree):
         return list(tree), tuple  # what _children would say, in a tenth of the time
+    if type(tree) is dict and tree and all(type(node) is Tensor and node.ndim for node in tree.values()):
+        names = list(tree)
+        return list(tree.values()), lambda values: dict(zip(names, values, strict=True))
     parts = _children(tree)
     if parts is None:
         return [tree], lambda values: values[0]

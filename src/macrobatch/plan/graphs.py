@@ -167,7 +167,7 @@ class Graphs(MicroStep):
             return
         bucket.is_rehearsing = False
         if obstacle is not None:
-            bucket.is_hopeless = True
+            bucket.give_up()
             self._say(obstacle)
 
     def _is_recorded(self, bucket: _Bucket, loss_fn: LossFn, num_rows: int, tally: Tally) -> bool:
@@ -185,7 +185,7 @@ class Graphs(MicroStep):
                 raise Unfit("the model replaces its buffers, which a replay would not")
             bucket.recording = recording
         except Exception as error:  # whatever it is, it is raised again if it comes from the eager run too
-            bucket.is_hopeless = True
+            bucket.give_up()
             self._say(_reason(error))
         finally:
             set_rng_states(self.device, draws)
@@ -247,6 +247,11 @@ class _Bucket:
         """Memory for one of a micro-batch's tensors."""
         self.inputs.append(torch.empty_like(tensor, device=device))
         return self.inputs[-1]
+
+    def give_up(self) -> None:
+        """It runs eagerly from now on, and needs no memory of its own."""
+        self.is_hopeless = True
+        self.batch, self.inputs, self.tensors = None, [], []
 
     def load(self) -> None:
         """Copy the micro-batch at hand, from the host through pinned memory, without waiting."""
