@@ -253,6 +253,84 @@ def test_clipping_that_is_none_is_refused(value):
         Engine(model, torch.optim.SGD(model.parameters(), lr=0.1), clip_grad_norm=value)
 
 
+# --- errors that a loop goes on after ---
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise torch.OutOfMemoryError("no memory in the backward")
+
+
+def test_a_backward_that_fails_takes_its_windows_part_with_it():
+    engine, batches, _, model, seen = started({"gradient_accumulation": 4}, loader(16, 2))
+    for index, (x, y) in enumerate(batches):
+        engine.zero_grad()
+        first = (
+            model[0](x) if index != 1 else Failing.apply(model[0](x))
+        )  # the last layer's gradients are there by then
+        loss = engine.criterion(model[2](model[1](first)), y)
+        try:
+            engine.backward(loss)
+        except torch.OutOfMemoryError:
+            continue
+        engine.step()
+    x, y = data(16)
+    assert len(seen) == 2
+    for gradient, rows in zip(seen, (slice(4, 8), slice(8, 16)), strict=True):
+        assert relative_error(gradient, expected(model, x[rows], y[rows])) <= EXACT
+
+
+def test_a_forward_that_fails_counts_as_none():
+    engine, _, _, model, seen = started({"gradient_accumulation": 2}, None)
+    x, y = data(8)
+    for rows in (slice(0, 6), slice(6, 8)):
+        engine.zero_grad()
+        with pytest.raises(RuntimeError, match="shapes"):
+            engine(torch.ones(5, 7, dtype=torch.float64))
+        iterate(engine, x[rows], y[rows])
+    assert relative_error(seen[0], expected(model, x, y)) <= EXACT
+
+
+def test_a_loss_that_is_refused_leaves_the_window_as_it_is():
+    engine, batches, _, model, seen = started({"gradient_accumulation": 4}, loader(8, 2))
+    for x, y in batches:
+        engine.zero_grad()
+        output = engine(x)
+        with pytest.raises(mb.errors.MacrobatchError):
+            engine.backward(F.cross_entropy(output, y, reduction="none"))
+        engine.backward(F.cross_entropy(output, y))
+        engine.step()
+    assert relative_error(seen[0], expected(model, *data(8))) <= EXACT
+
+
+def test_a_handler_that_fails_gives_the_window_up():
+    model = network()
+    engine = Engine(model, GradAccumOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), 2, model), F.cross_entropy)
+    engine._gradient_handlers = [FailingOnce(model, engine.optimizer)]
+    x, y = data(12)
+    iterate(engine, x[:2], y[:2])
+    with pytest.raises(ArithmeticError):
+        iterate(engine, x[2:4], y[2:4])
+    iterate(engine, x[4:8], y[4:8])
+    iterate(engine, x[8:], y[8:])
+    assert engine.num_updates == 1
+    assert relative_error(gradients_of(model), expected(model, x[4:], y[4:])) <= EXACT
+
+
+class FailingOnce(BaseGradientHandler):
+    has_failed = False
+
+    def handle_gradient(self) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            raise ArithmeticError
+
+
 # --- schedulers ---
 
 

@@ -136,12 +136,13 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, in float32."""
-        if self.training and torch.is_grad_enabled():
+        counts = self.training and torch.is_grad_enabled()
+        if counts:
             self._optimizer.begin()
-            if self._optimizer.num_samples is None:
-                self._optimizer.num_samples = samples_of(args)
         with self._precision.forward():
             output = self._model(*args, **kwargs)
+        if counts and self._optimizer.num_samples is None:
+            self._optimizer.num_samples = samples_of(args)
         return map_tensors(_in_float32, output) if self._precision.rescales else output
 
     def backward(self, loss: Tensor) -> None:
@@ -161,10 +162,14 @@ class Engine:
             What the optimizer returns; None if there was no update.
         """
         if self._optimizer.accumulation.is_inside and self._optimizer.accumulation.is_last:
-            self._optimizer.accumulation.finish()
-            for handler in self._gradient_handlers:
-                handler.handle_gradient()
-            self.grad_norm = self._optimizer.clip_grad_norm(self._model, self._clip_grad_norm)
+            try:
+                self._optimizer.accumulation.finish()
+                for handler in self._gradient_handlers:
+                    handler.handle_gradient()
+                self.grad_norm = self._optimizer.clip_grad_norm(self._model, self._clip_grad_norm)
+            except BaseException:
+                self._optimizer.fail()
+                raise
         return self._optimizer.step()
 
     def execute_schedule(self, data_iter: Iterator[Any], **kwargs: Any) -> tuple[Any, Any, Tensor | None]:

@@ -14,7 +14,7 @@ from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import make_policy
 from macrobatch.core.window import Tail, Window
-from macrobatch.errors import ArgumentError
+from macrobatch.errors import ArgumentError, MacrobatchError
 from macrobatch.sync import make_sync
 from macrobatch.tree import num_rows
 
@@ -126,9 +126,19 @@ class GradAccumOptimizer(Optimizer):
         self.begin()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a mean over the batch's samples. Several of one micro-iteration add up as losses do."""
+        """Add the gradient of a mean over the batch's samples. Several of one micro-iteration add up as losses do.
+
+        If it fails half-way, as for lack of memory, this rank's part of the window is given up: the next
+        micro-iteration goes on with the rest of the window.
+        """
         self.begin()
-        self.accumulation.backward(loss, num_samples=self.num_samples or 1)
+        try:
+            self.accumulation.backward(loss, num_samples=self.num_samples or 1)
+        except MacrobatchError:  # refused before anything was added
+            raise
+        except BaseException:
+            self.fail()
+            raise
 
     def backward_by_grad(self, tensor: Tensor, grad: Tensor) -> None:
         """Add the gradient of the loss whose gradient with respect to `tensor` is `grad`."""
@@ -156,12 +166,17 @@ class GradAccumOptimizer(Optimizer):
                     if self.has_updated:
                         result = self.optim.step(*args)
         except BaseException:
-            accumulation.fail()
+            self.fail()
             raise
         accumulation.leave()
         self.num_iterations += 1
         self.num_samples = None
         return result
+
+    def fail(self) -> None:
+        """The micro-iteration ended in an error: what this rank has of the window is given up."""
+        self.accumulation.fail()
+        self.num_samples = None
 
     def start_pass(self) -> None:
         """A pass over the data begins. A window that a `break` has left behind is given up, a resumed one is not."""
@@ -172,7 +187,7 @@ class GradAccumOptimizer(Optimizer):
     def discard(self) -> None:
         """Give up the window under way."""
         if self.accumulation.is_inside:
-            self.accumulation.fail()
+            self.fail()
         self.accumulation.settle()
         if self.window.num_pending:
             self.accumulation.discard()
