@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ __all__ = [
     "Panels",
     "Quartiles",
     "Row",
+    "attempted",
     "error_text",
     "grid",
     "in_turns",
@@ -31,6 +32,7 @@ __all__ = [
     "table",
 ]
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Quartiles = tuple[float, float, float]
 Panels = Mapping[str, Mapping[str, Quartiles]]
@@ -103,6 +105,14 @@ def in_turns(contenders: Mapping[str, Callable[[], object]], *, seconds: float, 
         }
         for name in names
     ]
+
+
+def attempted(make: Callable[[], T]) -> T | str:
+    """What is made, or why it cannot be: a contender that fails is a result, too."""
+    try:
+        return make()
+    except Exception as error:
+        return error_text(error)
 
 
 def error_text(error: BaseException) -> str:

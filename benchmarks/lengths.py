@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Row, grid, paired, save
+from harness import Row, attempted, grid, paired, save
 from models import GPT, LENGTH, VOCABULARY, Block, gpt_124m, gpt_tiny
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -213,14 +213,16 @@ def gradient(running: Running, model: nn.Module) -> dict[str, Tensor | None]:
     return seen
 
 
-def errors(job: Job, lengths: np.ndarray) -> dict[str, float]:
-    """Of each contender's gradient, on a few samples that are short enough for float64."""
+def errors(job: Job, lengths: np.ndarray) -> dict[str, float | str]:
+    """Of each contender's gradient, on a few samples that are short enough for float64; or why there is none."""
     samples = job.samples(lengths)
     job = replace(job, rows=max(len(lengths) // 4, 1), max_tokens=max(int(lengths.sum()) // 3, int(lengths.max())))
     expected = reference(job, samples)
-    found: dict[str, float] = {}
+    found: dict[str, float | str] = {}
     for name, build in contenders(job.options).items():
-        found[name] = relative_error(gradient(build(job, samples), job.model()), expected)
+        found[name] = attempted(
+            lambda build=build: relative_error(gradient(build(job, samples), job.model()), expected)
+        )
     return found
 
 
@@ -242,14 +244,25 @@ def main() -> None:
     short = np.sort(lengths)[: 8 * options.slice : 8]
     off = errors(job, np.random.default_rng(1).permutation(short))
     samples = job.samples(lengths)
-    ready = {name: build(job, samples) for name, build in contenders(options).items()}
+    ready: dict[str, Running] = {}
+    for name, build in contenders(options).items():
+        made = attempted(lambda build=build: warm(build(job, samples))) if not isinstance(off[name], str) else off[name]
+        if isinstance(made, str):
+            print(f"{name}: {made}", flush=True)
+        else:
+            ready[name] = made
     updates = {name: running.update for name, running in ready.items()}
-    rows = paired(updates, rounds=options.rounds, calls=1, unit_per_call=1, warmup=3)
+    rows = paired(updates, rounds=options.rounds, calls=1, unit_per_call=1, warmup=2)
     num_tokens = int(lengths.sum())
     for row in rows:
         row["tokens_per_s"] = tuple(round(num_tokens / us * 1e6, 1) for us in reversed(row["us"]))
         row |= {"gradient_error": off[row["name"]], **ready[row["name"]].notes()}
     report(options, rows, num_tokens, plan_s)
+
+
+def warm(running: Running) -> Running:
+    running.update()
+    return running
 
 
 def report(options: argparse.Namespace, rows: list[Row], num_tokens: int, plan_s: float) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import paired, save, table
+from harness import attempted, paired, save, table
 from torch import nn
 
 import macrobatch as mb
@@ -36,17 +36,22 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).to(device)
     x_BC = torch.randn(NUM_MICRO_BATCHES * ROWS, 16, device=device)
     y_B = torch.randint(0, 4, (NUM_MICRO_BATCHES * ROWS,), device=device)
-    contenders: dict[str, Callable[[], object]] = {
-        "hand loop": hand_loop(copy.deepcopy(model), x_BC, y_B),
-        "hand loop, clip and loss": hand_loop(copy.deepcopy(model), x_BC, y_B, clip_norm=1e9),
-        "TrainStep": train_step(copy.deepcopy(model), x_BC, y_B, {}),
-        "TrainStep, clip_norm": train_step(copy.deepcopy(model), x_BC, y_B, {"clip_norm": 1e9}),
-        "TrainStep, nonfinite=ignore": train_step(copy.deepcopy(model), x_BC, y_B, {"nonfinite": "ignore"}),
-        "macrobatch.accelerate": accelerate(copy.deepcopy(model), x_BC, y_B, "macrobatch.accelerate"),
-        "macrobatch.colossalai": colossalai(copy.deepcopy(model), x_BC, y_B),
-        "Accelerate": accelerate(copy.deepcopy(model), x_BC, y_B, "accelerate"),
-        "Lightning Fabric": fabric(copy.deepcopy(model), x_BC, y_B),
+    builds: dict[str, Callable[[], Callable[[], object]]] = {
+        "hand loop": lambda: hand_loop(copy.deepcopy(model), x_BC, y_B),
+        "hand loop, clip and loss": lambda: hand_loop(copy.deepcopy(model), x_BC, y_B, clip_norm=1e9),
+        "TrainStep": lambda: train_step(copy.deepcopy(model), x_BC, y_B, {}),
+        "TrainStep, clip_norm": lambda: train_step(copy.deepcopy(model), x_BC, y_B, {"clip_norm": 1e9}),
+        "TrainStep, nonfinite=ignore": lambda: train_step(copy.deepcopy(model), x_BC, y_B, {"nonfinite": "ignore"}),
+        "macrobatch.accelerate": lambda: accelerate(copy.deepcopy(model), x_BC, y_B, "macrobatch.accelerate"),
+        "macrobatch.colossalai": lambda: colossalai(copy.deepcopy(model), x_BC, y_B),
+        "Accelerate": lambda: accelerate(copy.deepcopy(model), x_BC, y_B, "accelerate"),
+        "Lightning Fabric": lambda: fabric(copy.deepcopy(model), x_BC, y_B),
     }
+    made = {name: attempted(build) for name, build in builds.items()}
+    contenders = {name: update for name, update in made.items() if not isinstance(update, str)}
+    for name, problem in made.items():
+        if isinstance(problem, str):
+            print(f"{name}: {problem}")
     if options.profile:
         profile(contenders["TrainStep"])
         return

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from doors import fp64_gradient
-from harness import Row, error_text, grid, in_turns, save
+from harness import Row, attempted, grid, in_turns, save
 from models import GPT, LENGTH, VOCABULARY, gpt_124m
 from torch import Tensor, nn
 
@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace, size: int, device: torch.device) -> lis
         ready: dict[str, Callable[[], object]] = {}
         off: dict[str, float] = {}
         for name, build in named:
-            made = _prepared(build, copy.deepcopy(model), few_BT, exact)
+            made = attempted(partial(_prepared, build, copy.deepcopy(model), few_BT, exact))
             if isinstance(made, str):
                 rows.append({"name": name, "micro_batch": size, "problem": made})
             else:
@@ -191,14 +191,11 @@ def measure(options: argparse.Namespace, size: int, device: torch.device) -> lis
 
 
 def _prepared(build: Callable[[nn.Module], Made], model: nn.Module, few_BT: Tensor, exact: Any) -> Any:
-    """A contender that is warm, and what its gradient is off by; or why there is none, which is a result, too."""
-    try:
-        run, gradients = build(model)
-        for _ in range(3):  # a capture warms up, records and replays
-            run(few_BT)
-        return run, relative_error(gradients(), exact)
-    except Exception as error:
-        return error_text(error)
+    """A contender that is warm, and what its gradient is off by."""
+    run, gradients = build(model)
+    for _ in range(3):  # a capture warms up, records and replays
+        run(few_BT)
+    return run, relative_error(gradients(), exact)
 
 
 def main() -> None:
