@@ -61,8 +61,11 @@ EXCEPTIONS = {
     "train.TrainStep.__init__": ("parameters", 17, "the public API: one keyword for each thing to choose"),
     # What the compatible doors mirror.
     "accelerate.accelerator.Accelerator.__init__": ("parameters", 21, "the original's arguments, in its order"),
-    "accelerate.data_loader.prepare_data_loader": ("parameters", 14, "the original's arguments, in its order"),
-    "accelerate.loading.DataLoaderShard.__init__": ("parameters", 9, "the original's arguments, in its order"),
+    "accelerate.state.AcceleratorState.__init__": ("parameters", 9, "the original's arguments, in its order"),
+    "accelerate.launchers.notebook_launcher": ("parameters", 15, "the original's arguments, in its order"),
+    "accelerate.data_loader.prepare_data_loader": ("parameters", 15, "the original's arguments, in its order"),
+    "accelerate.dispatching.DataLoaderDispatcher.__init__": ("parameters", 10, "the original's, in its order"),
+    "accelerate.loading.DataLoaderShard.__init__": ("parameters", 11, "the original's arguments, in its order"),
     "colossalai.initialize.initialize": ("parameters", 9, "the original's arguments and tail="),
     "colossalai.launching.launch": ("parameters", 9, "the original's arguments, in its order"),
     "colossalai.nn.lr_scheduler.onecycle.OneCycleLR.__init__": ("parameters", 10, "torch's arguments"),

@@ -498,7 +498,7 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: Any, tmp_path: Path):
 def cannot_save(folder: Path) -> str:
     run = Run()
     run.accelerator.register_for_checkpointing(counter := Counter())
-    counter.value = run  # nothing that a file can hold
+    counter.value = (number for number in ())  # nothing that a file can hold
     try:
         run.accelerator.save_state(folder / "checkpoint")
     except Exception as error:

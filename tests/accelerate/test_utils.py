@@ -203,19 +203,19 @@ def test_synchronised_generators_draw_the_same(ranks: Any):
     assert first == second
 
 
-def test_batch_size_is_halved_until_it_fits():
+def test_batch_size_shrinks_by_a_tenth_until_it_fits():
     tried: list[int] = []
 
-    @memory.find_executable_batch_size(starting_batch_size=100)
+    @memory.find_executable_batch_size(starting_batch_size=30)
     def train(batch_size: int, extra: str) -> tuple[int, str]:
         tried.append(batch_size)
         if batch_size > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return batch_size, extra
 
-    assert train("extra") == (12, "extra")
-    assert train("again") == (12, "again")
-    assert tried == [100, 50, 25, 12] * 2
+    assert train("extra") == (18, "extra")
+    assert train("again") == (18, "again")
+    assert tried == [30, 27, 24, 21, 18] * 2
     with pytest.raises(TypeError, match="leave the batch size out"):
         train(128, "extra")
 

@@ -6,12 +6,14 @@ import gc
 import os
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from macrobatch.accelerate import utils
 from macrobatch.accelerate.checkpointing import Checkpoints
 from macrobatch.accelerate.gradient_state import GradientState
 from macrobatch.accelerate.joining import joined
@@ -117,7 +119,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         )
         Processes.__init__(self)
         self._setup_checkpoints()
-        self.gradient_state = GradientState(options.gradient_accumulation_plugin, owner=self)
+        self.gradient_state = GradientState(options.gradient_accumulation_plugin, is_own=True)
         self.project_configuration = options.project_configuration
         self.device_placement = options.device_placement
         self.dataloader_config = options.dataloader_config
@@ -137,9 +139,8 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         self._dataloaders: list[Any] = []
         self._custom_objects: list[Any] = []
         self._replays = options.compile_kwargs is not None and replays(options.compile_kwargs, self.device)
-        self._windows = Windows(
-            self.gradient_state, self._make_precision, self.num_processes, overlaps=not self._replays
-        )
+        precision = partial(_make_precision, self.device.type, self.scaler, options.scaler_kwargs)
+        self._windows = Windows(self.gradient_state, precision, self.num_processes, overlaps=not self._replays)
         self._inside: list[FedWindow] = []
         self._setup_tracking(options.log_with)
 
@@ -179,9 +180,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
             raise LossError("backward", given=repr(loss), expected="a tensor", fix="pass the loss itself, not .item()")
         window = self._inside[-1] if self._inside else self._windows.of(())
         if not self._inside and not window.is_pending:
-            window.settle()
-            window.take_batch()
-            window.is_outside = True
+            window.begin_outside(is_weighted=weight is not None)
             self.gradient_state._sync_gradients = not self.gradient_state.is_held  # pyright: ignore[reportPrivateUsage]
         if loss.ndim and loss.numel() == 1:
             loss = loss.reshape(())
@@ -311,13 +310,6 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         """Whether any optimizer's last full window made no update."""
         return any(optimizer.step_was_skipped for optimizer in self._optimizers)
 
-    def _make_precision(self) -> Precision:
-        if self.scaler is None:
-            return Precision()
-        if not self._windows.all:
-            return Fp16(self.device.type, self.scaler)
-        return Fp16(self.device.type, torch.amp.GradScaler(self.device.type, **self.settings.scaler_kwargs))
-
     # --- saving, freeing, watching ---
 
     def _pending_state(self) -> dict[str, Any]:
@@ -363,3 +355,14 @@ class Accelerator(Preparation, Checkpoints, Tracking):
             os.makedirs(handler.output_trace_dir, exist_ok=True)
             profiler.export_chrome_trace(os.path.join(handler.output_trace_dir, f"profile_{self.process_index}.json"))
         self.wait_for_everyone()
+
+
+def _make_precision(device_type: str, scaler: Any, scaler_kwargs: dict[str, Any], is_first: bool) -> Precision:
+    """Of a window. The first one's loss scale is the accelerator's, which scripts may look at and set."""
+    if scaler is None:
+        return Precision()
+    return Fp16(device_type, scaler if is_first else torch.amp.GradScaler(device_type, **scaler_kwargs))
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(utils, name)  # scripts import plugins and constants from here, too

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.hooks import RemovableHandle
 
 from macrobatch.accelerate.attendance import Attendance, Present
-from macrobatch.accelerate.loading import check_state
+from macrobatch.accelerate.position import check_state
 from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.state_files import (
     by_rank,

@@ -51,6 +51,7 @@ def prepare_data_loader(
     data_seed: int | None = None,
     non_blocking: bool = False,
     use_stateful_dataloader: bool = False,
+    torch_device_mesh: Any = None,
 ) -> DataLoader[Any]:
     """A loader of one rank's share of what a loader has.
 
@@ -77,6 +78,7 @@ def prepare_data_loader(
         "device": device if put_on_device else None,
         "_drop_last": dataloader.drop_last,
         "_non_blocking": non_blocking,
+        "torch_device_mesh": torch_device_mesh,
     }
     if use_seedable_sampler and isinstance(get_sampler(dataloader), RandomSampler):
         _seed(dataloader, data_seed)

@@ -28,8 +28,28 @@ class DataLoaderDispatcher(DataLoaderShard):
         slice_fn: `(batch, slice, process_index=, num_processes=)` to cut rows out of a batch.
     """
 
-    def __init__(self, dataset: Any, split_batches: bool = False, slice_fn: Any = None, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)
+    def __init__(
+        self,
+        dataset: Any,
+        split_batches: bool = False,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        _drop_last: bool = False,
+        _non_blocking: bool = False,
+        slice_fn: Any = None,
+        torch_device_mesh: Any = None,
+        iteration: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dataset,
+            skip_batches=skip_batches,
+            _drop_last=_drop_last,
+            _non_blocking=_non_blocking,
+            torch_device_mesh=torch_device_mesh,
+            iteration=iteration,
+            **kwargs,
+        )
         self.split_batches = split_batches
         self.slice_fn = slice_tensors if slice_fn is None else slice_fn
         self.state = PartialState()
@@ -60,11 +80,10 @@ class DataLoaderDispatcher(DataLoaderShard):
         position = self.position
         position.num_batches, position.num_together = self.skip_batches, self.num_skipped
         while True:
-            received: list[Any] = [None]
-            dist.scatter_object_list(received, next(shares, nothing) if is_first else None, 0)
-            if received[0] is None:
+            received = self._scattered(next(shares, nothing) if is_first else None)
+            if received is None:
                 return
-            share, is_last, num_rows = received[0]
+            share, is_last, num_rows = received
             batch = share if self.device is None else send_to_device(share, self.device, self.non_blocking)
             self.end_of_dataloader = position.is_at_end = is_last
             if is_last:
@@ -75,6 +94,14 @@ class DataLoaderDispatcher(DataLoaderShard):
             yield batch
             if is_last:
                 return
+
+    def _scattered(self, shares: list[Any] | None) -> Any:
+        """This rank's of what rank 0 has for each."""
+        if shares is not None and self.state.num_processes == 1:
+            return shares[0]
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, shares, 0)
+        return received[0]
 
     def _shares(self) -> Iterator[list[Any]]:
         """On rank 0: for each batch of all ranks together, what every rank gets of it."""

@@ -28,8 +28,8 @@ class Reading:
 class GradientState:
     """A view of what is accumulated, constructible anywhere.
 
-    Without an owner, it shows the accelerator that was used last. Loaders report to it, whoever owns it, since an
-    epoch's end concerns every window that they feed.
+    Unless it is an accelerator's own, it shows that of the one that was used last. Loaders report to it, whoever owns
+    it, since an epoch's end concerns every window that they feed.
 
     Attributes:
         num_steps: micro-batches of a full window.
@@ -40,13 +40,13 @@ class GradientState:
 
     _shared_state: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, gradient_accumulation_plugin: Any = None, *, owner: Any = None) -> None:
+    def __init__(self, gradient_accumulation_plugin: Any = None, *, is_own: bool = False) -> None:
         shared = GradientState._shared_state
         if not shared:
             shared.update(readings=[], serial=0, owner=None, sync_gradients=True)
         self._plugin = gradient_accumulation_plugin
-        self._owner = owner
-        if gradient_accumulation_plugin is not None or owner is not None:
+        self._is_own = is_own or gradient_accumulation_plugin is not None
+        if self._is_own:
             shared["owner"] = weakref.ref(self)
         self._sync_gradients = True
         self.is_held = False
@@ -158,7 +158,7 @@ class GradientState:
         return GradientState._shared_state
 
     def _of_owner(self) -> GradientState:
-        if self._owner is not None or self._plugin is not None:
+        if self._is_own:
             return self
         owner = self._shared()["owner"]
         found = None if owner is None else owner()

@@ -35,8 +35,17 @@ def notebook_launcher(
     args: Iterable[Any] = (),
     num_processes: int | None = None,
     mixed_precision: str = "no",
-    use_port: str | None = None,
-    **kwargs: Any,
+    use_port: str = "29500",
+    master_addr: str = "127.0.0.1",
+    node_rank: int = 0,
+    num_nodes: int = 1,
+    rdzv_backend: str = "static",
+    rdzv_endpoint: str = "",
+    rdzv_conf: Any = None,
+    rdzv_id: str = "none",
+    max_restarts: int = 0,
+    monitor_interval: float = 0.1,
+    log_line_prefix_template: Any = None,
 ) -> Any:
     """Run a function on every GPU of this machine, or on `num_processes` CPU ranks; with one, in this process.
 
@@ -46,17 +55,15 @@ def notebook_launcher(
         num_processes: number of ranks; by default one per GPU.
         mixed_precision: of accelerators that are not told otherwise.
         use_port: accepted; ranks meet on a port that is free.
-        kwargs: for several machines and restarts, at their defaults; anything else is refused.
+        master_addr: this and what follows are for several machines and restarts; anything but a default is refused.
 
     Raises:
         ArgumentError: an argument is out of its domain.
         WindowError: there is an `Accelerator` already.
     """
-    for name, value in kwargs.items():
-        if name not in _MACHINES:
-            raise TypeError(
-                f"notebook_launcher: given {name}=; expected one of {sorted(_MACHINES)}. To fix it, leave it out."
-            )
+    given = locals()
+    for name in _MACHINES:
+        value = given[name]
         if value != _MACHINES[name]:
             raise ArgumentError(
                 name,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from macrobatch.accelerate.gradient_state import GradientState
+from macrobatch.accelerate.position import Position, check_state
 from macrobatch.accelerate.sampling import (
     EXACT,
     BatchSamplerShard,
@@ -23,11 +24,11 @@ from macrobatch.accelerate.sampling import (
     get_sampler,
     set_sampler,
 )
+from macrobatch.accelerate.utils.absent import refuse_absent
 from macrobatch.accelerate.utils.operations import ignorant_find_batch_size, send_to_device
 from macrobatch.accelerate.utils.random import synchronize_rng_states
-from macrobatch.errors import StateError
 
-__all__ = ["OPTIONS", "DataLoaderShard", "DataLoaderStateMixin", "Position", "SkipDataLoader", "check_state", "marked"]
+__all__ = ["OPTIONS", "DataLoaderShard", "DataLoaderStateMixin", "SkipDataLoader", "marked"]
 
 OPTIONS = (
     "num_workers",
@@ -42,21 +43,6 @@ OPTIONS = (
     "pin_memory_device",
     "in_order",
 )
-
-
-class Position:
-    """Where a loader is: in which epoch, after how many batches, and from which random state the epoch's order came."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.num_batches = 0
-        """Batches of this rank that the epoch has yielded."""
-        self.num_together = 0
-        """Batches of the sampler that the epoch has yielded, to all ranks together."""
-        self.start: dict[str, Any] | None = None
-        self.is_restored = False
-        self.is_at_end = False
-        """Whether the last batch of the epoch was yielded."""
 
 
 class DataLoaderStateMixin:
@@ -91,6 +77,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         device: where batches go; None leaves them.
         rng_types: generators that all ranks take over from rank 0 when an epoch begins.
         skip_batches: how many to leave out at the beginning of an epoch.
+        use_stateful_dataloader: accepted; every loader has `state_dict` and `load_state_dict`.
         kwargs: as for `DataLoader`.
     """
 
@@ -104,9 +91,11 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         use_stateful_dataloader: bool = False,
         _drop_last: bool = False,
         _non_blocking: bool = False,
+        torch_device_mesh: Any = None,
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
+        refuse_absent(torch_device_mesh=torch_device_mesh)
         super().__init__(dataset, **kwargs)
         self.device = device
         self.rng_types = rng_types
@@ -351,7 +340,9 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
 class SkipDataLoader(DataLoaderShard):
     """A loader without the first batches of its epoch; the one that it was made from counts on with it."""
 
-    def __init__(self, dataset: Any, skip_batches: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, skip_batches=skip_batches, **kwargs)
 
     def __len__(self) -> int:
@@ -377,21 +368,3 @@ def marked(batches: Iterator[Any], total: int | None) -> Iterator[tuple[Any, boo
         yield current, False
         current = following
     yield current, True
-
-
-def check_state(state: Any) -> None:
-    """Refuse what is not a loader's state.
-
-    Raises:
-        StateError: it is something else.
-    """
-    counts = ("epoch", "num_batches", "num_batches_together")
-    expected = {*counts, "start", "generator", "initial_seed", "is_at_end"}
-    is_whole = isinstance(state, Mapping) and set(state) == expected
-    if not is_whole or any(type(state[name]) is not int or state[name] < 0 for name in counts):
-        raise StateError(
-            "a loader's load_state_dict",
-            given=f"{state!r:.100}",
-            expected=f"the keys {sorted(expected)}, with counts >= 0",
-            fix="pass what state_dict returned",
-        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from macrobatch.accelerate.utils.operations import convert_to_fp32
 from macrobatch.sync.peers import Peers
 
 __all__ = [
+    "NoSync",
     "autocast_forward",
-    "restore_forward",
     "shard",
     "shares_parameters",
     "swap_parameters",
@@ -41,11 +43,7 @@ def autocast_forward(model: nn.Module, autocast: Callable[[], AbstractContextMan
     model.forward = in_autocast
 
 
-def restore_forward(model: nn.Module) -> None:
-    """Undo `autocast_forward`."""
-    if "_original_forward" in vars(model):
-        del model._original_forward
-        vars(model).pop("forward", None)
+
 
 
 def wrap(model: nn.Module, device: torch.device, handler: Any) -> nn.Module:
@@ -58,11 +56,25 @@ def wrap(model: nn.Module, device: torch.device, handler: Any) -> nn.Module:
 
 
 def replicate(model: nn.Module, device: torch.device) -> None:
-    """Make a model the same on all ranks, by the first one's example. Loops that accumulate by hand ask for `no_sync`,
-    which has nothing to do: gradients are exchanged when they are used."""
-    if not hasattr(model, "no_sync"):
-        model.no_sync = nullcontext  # pyright: ignore[reportArgumentType]
+    """Make a model the same on all ranks, by the first one's example."""
     Peers(None, device).broadcast([*model.parameters(), *model.buffers()], spares_equal=True)
+
+
+class NoSync:
+    """The method `no_sync` of a model that scripts expect to be wrapped in `DistributedDataParallel`.
+
+    A copy of the model, or one that was pickled, is nobody's: there, it does nothing.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = weakref.ref(accelerator)
+
+    def __call__(self) -> AbstractContextManager[None]:
+        accelerator = self._accelerator()
+        return nullcontext() if accelerator is None else accelerator.no_sync(None)
+
+    def __reduce__(self) -> Any:
+        return partial, (nullcontext,)
 
 
 def shares_parameters(model: nn.Module, optimizer: Optimizer) -> bool:
@@ -89,12 +101,20 @@ def shard(model: nn.Module, plugin: Any, *, mixed_precision: str) -> nn.Module:
     if plugin.reshard_after_forward is not None:
         reshards["reshard_after_forward"] = plugin.reshard_after_forward
     is_block = plugin.set_auto_wrap_policy(model)
-    if is_block is not None:
-        for module in reversed([module for module in model.modules() if module is not model]):
-            if is_block(module):
-                fully_shard(module, **options, **reshards)
+    blocks = [m for m in model.modules() if m is not model and is_block is not None and is_block(m)]
+    for block in reversed(blocks):
+        if plugin.activation_checkpointing:
+            _recompute(block)
+        fully_shard(block, **options, **reshards)
+    if plugin.activation_checkpointing and not blocks:
+        _recompute(model)
     fully_shard(model, **options)
     return model
+
+
+def _recompute(module: nn.Module) -> None:
+    """Let the backward compute a forward again, instead of keeping its activations; in place, so that names stay."""
+    module.forward = wraps(module.forward)(partial(checkpoint, module.forward, use_reentrant=False))
 
 
 def swap_parameters(optimizers: Sequence[Optimizer], before: dict[str, Tensor], model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from macrobatch.errors import LossError
 
 __all__ = ["AcceleratedOptimizer"]
 
-_OWN = {"optimizer", "scaler", "device_placement", "_windows", "_is_skipped", "_is_accelerate_prepared"}
+_OWN = {"optimizer", "scaler", "device_placement", "_windows", "_is_overflow", "_is_accelerate_prepared"}
 
 
 class AcceleratedOptimizer(Optimizer):
@@ -34,7 +34,7 @@ class AcceleratedOptimizer(Optimizer):
         self.scaler = scaler
         self.device_placement = device_placement
         self._windows = windows
-        self._is_skipped = False
+        self._is_overflow = False
         self._is_accelerate_prepared = windows is not None
         if device_placement:
             _place_state(optimizer)
@@ -57,16 +57,15 @@ class AcceleratedOptimizer(Optimizer):
     def __repr__(self) -> str:
         return repr(self.optimizer)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__.get(name) for name in _OWN - {"_windows"}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _windows=None)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied, it is alone: its window stays with the accelerator."""
+        kept = {name: self.__dict__[name] for name in _OWN - {"_windows"}}
+        return _restored, ({**kept, "_windows": None},)
 
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last full window made no update (fp16 overflow, nothing to average over)."""
-        return self._is_skipped
+        return self._is_overflow
 
     @property
     def _window(self) -> FedWindow | None:
@@ -94,7 +93,7 @@ class AcceleratedOptimizer(Optimizer):
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if self.is_accumulating:
             return None
-        self._is_skipped = False
+        self._is_overflow = False
         if closure is not None:
             return self.optimizer.step(_finishing(closure, window))
         if not window.is_pending and not window.is_final:
@@ -103,7 +102,7 @@ class AcceleratedOptimizer(Optimizer):
         with window.lent_to([self.optimizer]) as has_update:
             if has_update:
                 return self.optimizer.step()
-        self._is_skipped = True
+        self._is_overflow = True
         return None
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -114,14 +113,20 @@ class AcceleratedOptimizer(Optimizer):
         """
         window = self._window
         if window is None:
-            self.optimizer.zero_grad(set_to_none is not False)
+            self._zero(set_to_none)
         elif window.is_inside:
             if window.is_final:
                 window.gradients.clear()
         elif window.is_pending and (window.is_last or window.has_lost_its_loader):
             self._discard(window)
         elif not window.is_pending:
-            self.optimizer.zero_grad(set_to_none is not False)
+            self._zero(set_to_none)
+
+    def _zero(self, set_to_none: bool | None) -> None:
+        if set_to_none is None:  # optimizers of one's own may take no argument
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def _discard(self, window: FedWindow) -> None:
         if len(window.optimizers) == 1 or window.has_lost_its_loader:
@@ -166,6 +171,12 @@ class AcceleratedOptimizer(Optimizer):
     def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
+
+
+def _restored(state: dict[str, Any]) -> AcceleratedOptimizer:
+    optimizer = AcceleratedOptimizer.__new__(AcceleratedOptimizer)
+    optimizer.__dict__.update(state)
+    return optimizer
 
 
 def _finishing(closure: Callable[[], Any], window: FedWindow) -> Callable[[], Any]:

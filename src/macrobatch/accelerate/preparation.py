@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from macrobatch.accelerate.data_loader import prepare_data_loader, skip_first_batches
 from macrobatch.accelerate.models import (
+    NoSync,
     autocast_forward,
     replicate,
-    restore_forward,
     shard,
     shares_parameters,
     swap_parameters,
@@ -38,6 +38,10 @@ __all__ = ["Preparation"]
 class Preparation(Processes):
     """The part of `Accelerator` that prepares. Everything stays what it was, or shows all that it had."""
 
+    deepspeed_plugin = None  # scripts ask before they use them
+    parallelism_config = None
+    torch_device_mesh = None
+    fp8_backend = None
     settings: Settings
     project_configuration: Any
     native_amp: bool
@@ -104,6 +108,8 @@ class Preparation(Processes):
                 model = wrap(model, self.device, self.settings.ddp_handler)
             elif not is_sharded and not isinstance(model, DistributedDataParallel):
                 replicate(model, self.device)
+            if not hasattr(model, "no_sync"):
+                vars(model)["no_sync"] = NoSync(self)
         if self.settings.compile_kwargs is not None:
             compile_forward(model, self.settings.compile_kwargs)
         self._remember(model)
@@ -172,10 +178,7 @@ class Preparation(Processes):
         self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> nn.Module:
         """The module inside a wrapper; the module itself, if there is none."""
-        model = extract_model_from_parallel(model, keep_torch_compile=keep_torch_compile)
-        if not keep_fp32_wrapper:
-            restore_forward(model)
-        return model
+        return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def _remember(self, model: nn.Module) -> None:
         if not any(model is known for known in self._models):

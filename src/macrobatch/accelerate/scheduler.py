@@ -65,6 +65,9 @@ class AcceleratedScheduler:
         else:
             setattr(self.scheduler, name, value)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (self.__dict__.copy(),)
+
     def __repr__(self) -> str:
         return repr(self.scheduler)
 
@@ -96,3 +99,9 @@ class AcceleratedScheduler:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Into the wrapped scheduler."""
         self.scheduler.load_state_dict(state_dict)
+
+
+def _restored(state: dict[str, Any]) -> AcceleratedScheduler:
+    scheduler = AcceleratedScheduler.__new__(AcceleratedScheduler)
+    scheduler.__dict__.update(state)
+    return scheduler

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from macrobatch.accelerate.utils.absent import refuse_absent
 from macrobatch.accelerate.utils.dataclasses import (
     AutocastKwargs,
     DataLoaderConfiguration,
@@ -25,13 +26,7 @@ from macrobatch.errors import ArgumentError
 
 __all__ = ["Settings", "read_settings"]
 
-_ABSENT = {
-    "deepspeed_plugin": ("DeepSpeed", "a FullyShardedDataParallelPlugin shards parameters, gradients and state alike"),
-    "deepspeed_plugins": ("DeepSpeed", "a FullyShardedDataParallelPlugin shards parameters, gradients and state alike"),
-    "megatron_lm_plugin": ("Megatron-LM", "train with Megatron-LM itself"),
-    "torch_tp_plugin": ("tensor parallelism", "a FullyShardedDataParallelPlugin, if the model does not fit"),
-    "parallelism_config": ("mixed parallelism", "a FullyShardedDataParallelPlugin, if the model does not fit"),
-}
+_ABSENT = ("deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin", "parallelism_config")
 _HANDLERS: dict[type[KwargsHandler], str] = {
     DistributedDataParallelKwargs: "ddp_handler",
     GradScalerKwargs: "scaler_handler",
@@ -97,9 +92,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
     Raises:
         ArgumentError: one is unknown, out of its domain, contradicts another, or is not supported.
     """
-    for name, (what, way) in _ABSENT.items():
-        if given[name] is not None:
-            raise ArgumentError(name, given=given[name], expected=f"None: {what} is not part of macrobatch", fix=way)
+    refuse_absent(**{name: given[name] for name in _ABSENT})
     precision = given["mixed_precision"]
     if precision is not None and str(precision) not in PrecisionType.list():
         raise ArgumentError("mixed_precision", given=precision, expected=f"one of {PrecisionType.list()}", fix='"bf16"')

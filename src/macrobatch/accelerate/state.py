@@ -14,8 +14,14 @@ from torch import Tensor
 
 from macrobatch import launch
 from macrobatch.accelerate.gradient_state import GradientState
+from macrobatch.accelerate.utils.absent import refuse_absent
 from macrobatch.accelerate.utils.enums import DistributedType, DynamoBackend, PrecisionType
-from macrobatch.accelerate.utils.environment import debug_mode, parse_choice_from_env, parse_flag_from_env
+from macrobatch.accelerate.utils.environment import (
+    debug_mode,
+    device_from_env,
+    parse_choice_from_env,
+    parse_flag_from_env,
+)
 from macrobatch.errors import ArgumentError
 
 __all__ = ["AcceleratorState", "GradientState", "PartialState", "do_nothing", "is_initialized"]
@@ -57,6 +63,7 @@ class PartialState:
         )
         is_alone = not dist.is_initialized()
         device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+        device = torch.device(device_from_env() or device)
         kind = DistributedType.NO
         if not is_alone:
             kind = DistributedType.MULTI_GPU if has_gpu else DistributedType.MULTI_CPU
@@ -238,10 +245,20 @@ class AcceleratorState:
         mixed_precision: str | None = None,
         cpu: bool = False,
         dynamo_plugin: Any = None,
+        deepspeed_plugin: Any = None,
         fsdp_plugin: Any = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
+        parallelism_config: Any = None,
         _from_accelerator: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_absent(
+            deepspeed_plugin=deepspeed_plugin,
+            torch_tp_plugin=torch_tp_plugin,
+            megatron_lm_plugin=megatron_lm_plugin,
+            parallelism_config=parallelism_config,
+        )
         self.__dict__ = self._shared_state
         if self.__dict__:
             if mixed_precision is not None and str(mixed_precision).lower() != self._mixed_precision:

@@ -162,12 +162,18 @@ class WandBTracker(GeneralTracker):
 
     @on_main_process
     def log_table(
-        self, table_name: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
+        self,
+        table_name: str,
+        columns: Any = None,
+        data: Any = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """A table, of rows or of a data frame."""
         import wandb
 
-        self.log({table_name: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step)
+        self.log({table_name: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step, **kwargs)
 
     @on_main_process
     def finish(self) -> None:
@@ -182,12 +188,19 @@ class MLflowTracker(GeneralTracker):
     requires_logging_directory = False
 
     def __init__(
-        self, experiment_name: str, logging_dir: Any = None, run_name: str | None = None, **kwargs: Any
+        self,
+        experiment_name: str | None = None,
+        logging_dir: Any = None,
+        run_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        nested_run: bool = False,
+        run_name: str | None = None,
+        description: str | None = None,
     ) -> None:
         self.experiment_name = experiment_name
         self.logging_dir = logging_dir
         self.run_name = run_name
-        self._options = kwargs
+        self._options = {"run_id": run_id, "tags": tags, "nested": nested_run, "description": description}
         self.active_run: Any = None
         super().__init__()
 
@@ -196,7 +209,10 @@ class MLflowTracker(GeneralTracker):
         """Begin the run, in the experiment of that name."""
         import mlflow
 
-        mlflow.set_experiment(self.experiment_name)
+        if self.experiment_name is not None:
+            if self.logging_dir is not None and mlflow.get_experiment_by_name(self.experiment_name) is None:
+                mlflow.create_experiment(self.experiment_name, artifact_location=str(self.logging_dir))
+            mlflow.set_experiment(self.experiment_name)
         self.active_run = mlflow.start_run(run_name=self.run_name, **self._options)
 
     @property
@@ -227,6 +243,20 @@ class MLflowTracker(GeneralTracker):
         import mlflow
 
         mlflow.log_artifact(local_path, artifact_path=artifact_path)
+
+    @on_main_process
+    def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
+        """All files of a folder."""
+        import mlflow
+
+        mlflow.log_artifacts(local_dir, artifact_path=artifact_path)
+
+    @on_main_process
+    def log_figure(self, figure: Any, artifact_file: str, **save_kwargs: Any) -> None:
+        """A figure of matplotlib or plotly."""
+        import mlflow
+
+        mlflow.log_figure(figure, artifact_file, **save_kwargs)
 
     @on_main_process
     def finish(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,10 +17,18 @@ from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import Constant, Normalize, make_policy
 from macrobatch.core.window import Window
-from macrobatch.errors import WindowError
+from macrobatch.errors import StateError, WindowError
 from macrobatch.sync import make_sync
 
 __all__ = ["FedWindow", "Windows", "restricted"]
+
+
+_FORGOTTEN = (
+    "optimizer.step: given one backward outside of any accumulate block; expected, with "
+    "gradient_accumulation_steps={}, `with accelerator.accumulate(model):` around each micro-batch. To fix it, put the "
+    "loop's body into such a block, or leave gradient_accumulation_steps at 1. This step was made with the whole "
+    "gradient of its one micro-batch."
+)
 
 
 class FedWindow(Accumulation):
@@ -45,11 +54,13 @@ class FedWindow(Accumulation):
         self._world_size = world_size
         self._serial = self._serial_before = 0
         self._num_entries = 0
-        self.is_outside = False
-        """Whether the current window was begun by a backward that is in no micro-batch's block."""
-        self._accumulates_by_hand = False
         self._num_entries_before = 1.0
         """Micro-batches made of each row of the loader's batch before: more than one if the loop cuts it up."""
+        self._is_by_hand = False
+        """Whether the pending window is of backwards outside of any block, added up as they are and divided by N."""
+        self._adds_up_by_hand = False
+        """Whether the loop has ever done more than one backward for a step outside of any block."""
+        self._kept: list[tuple[Tensor, Tensor]] = []
         super().__init__(
             model,
             GradientBuffer(self.parameters, header=sync.header, widens=sync.widens),
@@ -78,7 +89,6 @@ class FedWindow(Accumulation):
 
     def __enter__(self) -> FedWindow:
         self.take_batch()
-        self.is_outside = False
         self.window.size = self.state.num_steps
         is_last = self.enter(end_of_data=self.state.sync_with_dataloader and self._ends_here())
         self.state.show(is_last)
@@ -92,16 +102,47 @@ class FedWindow(Accumulation):
         else:
             self.fail()
 
-    def finish(self) -> None:
-        """Make every `.grad` the window's gradient.
+    def begin_outside(self, *, is_weighted: bool) -> None:
+        """A window begins with a backward outside of any block: of a loop that decides by itself when to step."""
+        self.settle()
+        self.take_batch()
+        self._is_by_hand = not is_weighted and (self.state.num_steps > 1 or self.num_holds > 0 or self.state.is_held)
 
-        A loop that accumulates by hand, without blocks, multiplies its losses by N, as the original asks it to.
-        """
-        is_first_call = self.is_pending
-        self._accumulates_by_hand |= self.is_outside and self._num_backwards > 1
+    def settle(self) -> None:
+        """As its base; but gradients that a script's own optimizer has not used yet are kept, to be added to."""
+        if self.is_final and not self.is_inside and not self.optimizers:
+            self._kept = [(p, p.grad.clone()) for p in self.parameters() if p.grad is not None]
+        super().settle()
+
+    def finish(self) -> None:
+        """As its base; outside of blocks, the sum of the backwards is divided by N, as the original does. A loop with
+        one backward for each step, in which `accumulate` was forgotten, gets that whole, and is told so."""
+        if self.is_final or not self.window.num_pending:
+            return
+        num_backwards, is_by_hand = self._num_backwards, self._is_by_hand and not self.is_inside
         super().finish()
-        if is_first_call and self.is_outside and self._accumulates_by_hand and self.state.normalize != "constant":
-            self.gradients.scale_(1 / self.state.num_steps)
+        self._is_by_hand = False
+        if is_by_hand and self.optimizers and self.state.num_steps > 1:
+            self._adds_up_by_hand = self._adds_up_by_hand or num_backwards > 1
+            if not self._adds_up_by_hand:
+                warnings.warn(_FORGOTTEN.format(self.state.num_steps), stacklevel=4)
+                self.gradients.scale_(float(self.state.num_steps))
+        for param, gradient in self._kept:
+            param.grad = gradient if param.grad is None else param.grad.add_(gradient)
+        self._kept = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """As its base, and how the window is counted."""
+        return {**super().state_dict(), "is_by_hand": self._is_by_hand}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As its base."""
+        before, self._is_by_hand = self._is_by_hand, bool(state.get("is_by_hand", False))
+        try:
+            super().load_state_dict({name: value for name, value in state.items() if name != "is_by_hand"})
+        except StateError:
+            self._is_by_hand = before
+            raise
 
     def take_batch(self) -> None:
         """Notice which batch is at hand, and how often it has been used."""
@@ -128,8 +169,8 @@ class FedWindow(Accumulation):
 
     def _normalize(self) -> Normalize:
         normalize = self.state.normalize
-        if normalize == "constant":
-            return Constant(self.window.size * (self._world_size if self.sync.has_peers else 1))
+        if normalize == "constant" or self._is_by_hand:
+            return Constant(self.state.num_steps * (self._world_size if self.sync.has_peers else 1))
         return make_policy(normalize)
 
 
@@ -138,13 +179,13 @@ class Windows:
 
     Args:
         state: settings of accumulation.
-        precision: called for the loss scale of a new window.
+        precision: called for the loss scale of a new window, with whether it is the first.
         world_size: number of processes.
         overlaps: reduce during the last backward. Not for replayed ones, which add into fixed addresses.
     """
 
     def __init__(
-        self, state: GradientState, precision: Callable[[], Precision], world_size: int, *, overlaps: bool = True
+        self, state: GradientState, precision: Callable[[bool], Precision], world_size: int, *, overlaps: bool = True
     ) -> None:
         self.state = state
         self.models: list[nn.Module] = []
@@ -213,7 +254,7 @@ class Windows:
                 named,
                 optimizers,
                 state=self.state,
-                precision=self._precision(),
+                precision=self._precision(not self._made),
                 world_size=self._world_size,
                 overlaps=self._overlaps,
             )

@@ -9,9 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from macrobatch.accelerate.utils.absent import absent
 from macrobatch.accelerate.utils.enums import (
@@ -23,8 +21,10 @@ from macrobatch.accelerate.utils.enums import (
     LoggerType,
     PrecisionType,
     RNGType,
+    choice,
 )
 from macrobatch.accelerate.utils.environment import default_normalize, dynamo_from_env
+from macrobatch.accelerate.utils.sharding import FullyShardedDataParallelPlugin
 from macrobatch.errors import ArgumentError
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "ProfileKwargs",
     "ProjectConfiguration",
     "RNGType",
+    "TensorInformation",
     "TorchDynamoPlugin",
 ]
 
@@ -95,8 +96,8 @@ class DistributedDataParallelKwargs(KwargsHandler):
     comm_state_option: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        self.comm_hook = _choice("comm_hook", self.comm_hook, DDPCommunicationHookType)
-        self.comm_wrapper = _choice("comm_wrapper", self.comm_wrapper, DDPCommunicationHookType)
+        self.comm_hook = choice("comm_hook", self.comm_hook, DDPCommunicationHookType)
+        self.comm_wrapper = choice("comm_wrapper", self.comm_wrapper, DDPCommunicationHookType)
         if self.comm_wrapper in ("power_sgd", "batched_power_sgd"):
             raise ArgumentError(
                 "comm_wrapper", given=str(self.comm_wrapper), expected="fp16 or bf16", fix="use comm_hook"
@@ -174,7 +175,7 @@ class ProfileKwargs(KwargsHandler):
         """The profiler."""
         kinds = {"cpu": torch.profiler.ProfilerActivity.CPU, "cuda": torch.profiler.ProfilerActivity.CUDA}
         for activity in self.activities or ():
-            _choice("activities", activity, kinds)
+            choice("activities", activity, kinds)
         return torch.profiler.profile(
             activities=None if self.activities is None else [kinds[activity] for activity in self.activities],
             schedule=None if self.schedule_option is None else torch.profiler.schedule(**self.schedule_option),  # pyright: ignore[reportArgumentType]
@@ -310,7 +311,7 @@ class TorchDynamoPlugin(KwargsHandler):
         if self.backend is None and self.mode is None:
             self.backend, self.mode = dynamo_from_env()
         backend = "NO" if self.backend is None else str(getattr(self.backend, "value", self.backend)).upper()
-        self.backend = _choice("dynamo backend", backend, DynamoBackend)
+        self.backend = choice("dynamo backend", backend, DynamoBackend)
 
     def to_dict(self) -> dict[str, Any]:
         """All of them, the backend by its name in torch."""
@@ -327,70 +328,11 @@ class TorchDynamoPlugin(KwargsHandler):
 
 
 @dataclass
-class FullyShardedDataParallelPlugin:
-    """FSDP2: `fully_shard` on the blocks that a policy names, and on the model.
+class TensorInformation:
+    """What a tensor is, without its numbers."""
 
-    Attributes:
-        reshard_after_forward: give whole parameters up between forward and backward.
-        mixed_precision_policy: a `MixedPrecisionPolicy`; by default the accelerator's precision, reduced in float32.
-        auto_wrap_policy: "transformer_based_wrap", "size_based_wrap", "no_wrap", or a function of a module.
-        transformer_cls_names_to_wrap: class names of blocks, for the first.
-        min_num_params: size of a block, for the second.
-        cpu_offload: keep parameters on the host.
-
-    Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
-    """
-
-    fsdp_version: int = 2
-    reshard_after_forward: bool | None = None
-    mixed_precision_policy: MixedPrecisionPolicy | None = None
-    auto_wrap_policy: Any = None
-    transformer_cls_names_to_wrap: list[str] | None = None
-    min_num_params: int | None = None
-    cpu_offload: Any = None
-    activation_checkpointing: bool = False
-    state_dict_type: str = "SHARDED_STATE_DICT"
-
-    def __post_init__(self) -> None:
-        if self.fsdp_version != 2:
-            raise ArgumentError(
-                "fsdp_version", given=self.fsdp_version, expected="2, which does the same", fix="leave it out"
-            )
-        if self.cpu_offload is True:
-            self.cpu_offload = CPUOffloadPolicy()
-        names = ("transformer_based_wrap", "size_based_wrap", "no_wrap")
-        if isinstance(self.auto_wrap_policy, str):
-            _choice("auto_wrap_policy", self.auto_wrap_policy.lower(), names)
-
-    def set_auto_wrap_policy(self, model: nn.Module) -> Callable[[nn.Module], bool] | None:
-        """Which modules are blocks; None if only the whole is one."""
-        policy = self.auto_wrap_policy
-        if callable(policy):
-            return lambda module: bool(policy(module))
-        name = str(policy or ("transformer_based_wrap" if self.transformer_cls_names_to_wrap else "no_wrap")).lower()
-        if name == "size_based_wrap":
-            smallest = self.min_num_params or 10**8
-            return lambda module: sum(param.numel() for param in module.parameters()) >= smallest
-        if name == "no_wrap":
-            return None
-        blocks = self.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ()
-        found = {type(module).__name__ for module in model.modules()}
-        if not set(blocks) & found:
-            raise ArgumentError(
-                "transformer_cls_names_to_wrap",
-                given=list(blocks),
-                expected=f"names of modules of the model, which has {sorted(found)}",
-                fix="name the class of its blocks",
-            )
-        return lambda module: type(module).__name__ in blocks
-
-
-def _choice(what: str, value: Any, choices: Any) -> Any:
-    known: list[Any] = choices.list() if hasattr(choices, "list") else list(choices)
-    text = str(getattr(value, "value", value))
-    if text not in known:
-        raise ArgumentError(what, given=value, expected=f"one of {known}", fix="choose one of them")
-    return choices(text) if isinstance(choices, type) else text
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def __getattr__(name: str) -> Any:

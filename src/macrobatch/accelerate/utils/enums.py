@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+from macrobatch.errors import ArgumentError
+
 __all__ = [
     "BaseEnum",
     "ComputeEnvironment",
@@ -14,6 +16,7 @@ __all__ = [
     "LoggerType",
     "PrecisionType",
     "RNGType",
+    "choice",
 ]
 
 
@@ -49,6 +52,9 @@ class DistributedType(BaseEnum):
     MULTI_NPU = "MULTI_NPU"
     MULTI_HPU = "MULTI_HPU"
     MULTI_MLU = "MULTI_MLU"
+    MULTI_SDAA = "MULTI_SDAA"
+    MULTI_MUSA = "MULTI_MUSA"
+    MULTI_NEURON = "MULTI_NEURON"
 
 
 class ComputeEnvironment(BaseEnum):
@@ -98,9 +104,14 @@ class DynamoBackend(BaseEnum):
     EAGER = "EAGER"
     AOT_EAGER = "AOT_EAGER"
     INDUCTOR = "INDUCTOR"
+    AOT_TS_NVFUSER = "AOT_TS_NVFUSER"
+    NVPRIMS_NVFUSER = "NVPRIMS_NVFUSER"
     CUDAGRAPHS = "CUDAGRAPHS"
+    OFI = "OFI"
+    FX2TRT = "FX2TRT"
     ONNXRT = "ONNXRT"
     TENSORRT = "TENSORRT"
+    TVM = "TVM"
 
 
 class DDPCommunicationHookType(BaseEnum):
@@ -111,3 +122,16 @@ class DDPCommunicationHookType(BaseEnum):
     BF16 = "bf16"
     POWER_SGD = "power_sgd"
     BATCHED_POWER_SGD = "batched_power_sgd"
+
+
+def choice(what: str, value: Any, choices: Any) -> Any:
+    """A value as a member of an enum, or as one of some texts.
+
+    Raises:
+        ArgumentError: it is none of them.
+    """
+    known: list[Any] = choices.list() if hasattr(choices, "list") else list(choices)
+    text = str(getattr(value, "value", value))
+    if text not in known:
+        raise ArgumentError(what, given=value, expected=f"one of {known}", fix="choose one of them")
+    return choices(text) if isinstance(choices, type) else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
@@ -16,6 +16,7 @@ __all__ = [
     "clear_environment",
     "debug_mode",
     "default_normalize",
+    "device_from_env",
     "dynamo_from_env",
     "get_int_from_env",
     "gradient_accumulation_steps_from_env",
@@ -27,8 +28,8 @@ __all__ = [
 ]
 
 
-def str_to_bool(value: str) -> int:
-    """1 for y, yes, t, true, on, 1; 0 for n, no, f, false, off, 0.
+def str_to_bool(value: str, to_bool: bool = False) -> int:
+    """1 for y, yes, t, true, on, 1; 0 for n, no, f, false, off, 0; True and False with `to_bool`.
 
     ```pycon
     >>> str_to_bool("Yes"), str_to_bool("off")
@@ -38,9 +39,9 @@ def str_to_bool(value: str) -> int:
     """
     lowered = value.lower()
     if lowered in ("y", "yes", "t", "true", "on", "1"):
-        return 1
+        return True if to_bool else 1
     if lowered in ("n", "no", "f", "false", "off", "0"):
-        return 0
+        return False if to_bool else 0
     raise ValueError(f"a truth value: given {value!r}; expected yes or no. To fix it, pass 1 or 0.")
 
 
@@ -97,17 +98,22 @@ def are_libraries_initialized(*library_names: str) -> list[str]:
     return [name for name in library_names if name in sys.modules]
 
 
+def device_from_env() -> str | None:
+    """ACCELERATE_TORCH_DEVICE: where to compute, whatever there is; None if it is not set."""
+    return os.environ.get("ACCELERATE_TORCH_DEVICE") or None
+
+
 def dynamo_from_env() -> tuple[str | None, str | None]:
     """ACCELERATE_DYNAMO_BACKEND and ACCELERATE_DYNAMO_MODE, as the launcher sets them; None for what is not set."""
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND"), os.environ.get("ACCELERATE_DYNAMO_MODE")
 
 
 @contextmanager
-def patch_environment(**variables: Any) -> Generator[None]:
+def patch_environment(**kwargs: Any) -> Generator[None]:
     """Context with these variables (in upper case) set, and put back at its end."""
-    names = [name.upper() for name in variables]
+    names = [name.upper() for name in kwargs]
     before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update({name.upper(): str(value) for name, value in variables.items()})
+    os.environ.update({name.upper(): str(value) for name, value in kwargs.items()})
     try:
         yield
     finally:
@@ -128,14 +134,21 @@ def clear_environment() -> Generator[None]:
         os.environ.update(before)
 
 
-def purge_accelerate_environment(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: ACCELERATE_ variables that the function sets are gone after it."""
+def purge_accelerate_environment(func_or_cls: Any) -> Any:
+    """Decorator: ACCELERATE_ variables that the function sets, or a test of the class or its subclasses, are gone after
+    it."""
+    if isinstance(func_or_cls, type):
+        for name, test in list(vars(func_or_cls).items()):
+            if name.startswith("test") and callable(test):
+                setattr(func_or_cls, name, purge_accelerate_environment(test))
+        func_or_cls.__init_subclass__ = classmethod(purge_accelerate_environment)  # pyright: ignore[reportAttributeAccessIssue]
+        return func_or_cls
 
-    @wraps(function)
+    @wraps(func_or_cls)
     def purged(*args: Any, **kwargs: Any) -> Any:
         before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         try:
-            return function(*args, **kwargs)
+            return func_or_cls(*args, **kwargs)
         finally:
             for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
                 del os.environ[name]

@@ -11,35 +11,54 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch.accelerate.utils.absent import absent
+from macrobatch.accelerate.utils.imports import is_peft_model
 
 __all__ = [
     "compute_module_sizes",
     "find_tied_parameters",
     "get_mixed_precision_context_manager",
+    "is_peft_model",
     "named_module_tensors",
 ]
 
 
 def named_module_tensors(
-    module: nn.Module, include_buffers: bool = True, recurse: bool = False
+    module: nn.Module, include_buffers: bool = True, recurse: bool = False, remove_non_persistent: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """A module's parameters and buffers, by name."""
+    """A module's parameters and buffers, by name.
+
+    Args:
+        remove_non_persistent: leave out the buffers that its `state_dict` leaves out.
+    """
     yield from module.named_parameters(recurse=recurse)
     if include_buffers:
-        yield from module.named_buffers(recurse=recurse)
-
-
-def compute_module_sizes(model: nn.Module, dtype: torch.dtype | None = None, **_: Any) -> dict[str, int]:
-    """Bytes of every submodule, by name; "" is the whole."""
-    sizes: dict[str, int] = defaultdict(int)
-    for name, tensor in named_module_tensors(model, recurse=True):
-        size = (
-            tensor.numel()
-            * (tensor.dtype if dtype is None else min(dtype, tensor.dtype, key=lambda d: d.itemsize)).itemsize
+        saved = set(module.state_dict()) if remove_non_persistent else None
+        yield from (
+            (name, buf) for name, buf in module.named_buffers(recurse=recurse) if saved is None or name in saved
         )
+
+
+def compute_module_sizes(
+    model: nn.Module, dtype: torch.dtype | None = None, special_dtypes: Any = None, buffers_only: bool = False
+) -> dict[str, int]:
+    """Bytes of every submodule, by name; "" is the whole.
+
+    Args:
+        dtype: count as if nothing were wider than this.
+        special_dtypes: other types for some, by name.
+        buffers_only: leave parameters out.
+    """
+    sizes: dict[str, int] = defaultdict(int)
+    tensors = model.named_buffers() if buffers_only else named_module_tensors(model, recurse=True)
+    for name, tensor in tensors:
+        item_size = tensor.dtype.itemsize
+        if special_dtypes is not None and name in special_dtypes:
+            item_size = special_dtypes[name].itemsize
+        elif dtype is not None and (tensor.is_floating_point() or tensor.is_complex()):
+            item_size = min(dtype.itemsize, item_size)
         parts = name.split(".")
         for length in range(len(parts) + 1):
-            sizes[".".join(parts[:length])] += size
+            sizes[".".join(parts[:length])] += tensor.numel() * item_size
     return dict(sizes)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import update_wrapper, wraps
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from macrobatch.accelerate.utils.dataclasses import TensorInformation
 from macrobatch.accelerate.utils.environment import debug_mode
 from macrobatch.errors import ArgumentError, PeerError
 
 __all__ = [
+    "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
     "DistributedOperationException",
     "TensorInformation",
@@ -48,23 +51,27 @@ __all__ = [
 ]
 
 
+class CannotPadNestedTensorWarning(UserWarning):
+    """A nested tensor has no one length, and stays as it is."""
+
+
 class DistributedOperationException(PeerError):
     """Ranks pass tensors of shapes that do not fit together; found with ACCELERATE_DEBUG_MODE=1."""
 
 
-def is_torch_tensor(value: Any) -> bool:
+def is_torch_tensor(tensor: Any) -> bool:
     """Whether it is a tensor."""
-    return isinstance(value, Tensor)
+    return isinstance(tensor, Tensor)
 
 
-def is_namedtuple(value: Any) -> bool:
+def is_namedtuple(data: Any) -> bool:
     """Whether it is a named tuple."""
-    return isinstance(value, tuple) and hasattr(value, "_fields")
+    return isinstance(data, tuple) and hasattr(data, "_fields")
 
 
-def honor_type(like: Any, values: Iterable[Any]) -> Any:
+def honor_type(obj: Any, generator: Iterable[Any]) -> Any:
     """Values in a container of the same type as another."""
-    return type(like)(*values) if is_namedtuple(like) else type(like)(values)
+    return type(obj)(*generator) if is_namedtuple(obj) else type(obj)(generator)
 
 
 def _rebuilt(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
@@ -188,7 +195,9 @@ def slice_tensors(
 
 
 def concatenate(data: Any, dim: int = 0) -> Any:
-    """Trees of one structure, joined."""
+    """Trees of one structure, joined; a single one is itself, whatever is in it."""
+    if len(data) == 1:
+        return data[0]
     first = data[0]
     if isinstance(first, tuple | list):
         return honor_type(first, (concatenate([item[i] for item in data], dim) for i in range(len(first))))
@@ -201,17 +210,9 @@ def concatenate(data: Any, dim: int = 0) -> Any:
     return torch.cat(data, dim=dim)
 
 
-@dataclasses.dataclass
-class TensorInformation:
-    """What a tensor is, without its numbers."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def is_tensor_information(value: Any) -> bool:
+def is_tensor_information(tensor_info: Any) -> bool:
     """Whether it stands for a tensor."""
-    return isinstance(value, TensorInformation)
+    return isinstance(tensor_info, TensorInformation)
 
 
 def get_data_structure(data: Any) -> Any:
@@ -326,6 +327,9 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_firs
     """Tensors made as long as the longest of all ranks, along one dimension."""
 
     def padded(mine: Tensor) -> Tensor:
+        if mine.is_nested:
+            warnings.warn("a nested tensor is not padded", CannotPadNestedTensorWarning, stacklevel=2)
+            return mine
         if dim >= mine.ndim or dim < -mine.ndim:
             return mine
         axis = dim % mine.ndim

@@ -26,6 +26,7 @@ __all__ = [
     "merge_dicts",
     "model_has_dtensor",
     "recursive_getattr",
+    "restore_forward",
     "save",
     "wait_for_everyone",
 ]
@@ -47,7 +48,9 @@ def extract_model_from_parallel(
     """The module inside DDP's, DataParallel's and `torch.compile`'s wrappers.
 
     Args:
-        keep_torch_compile: put the compiled one's wrapper around it again.
+        keep_fp32_wrapper: leave its forward in the precision that `prepare` gave it.
+        keep_torch_compile: compile it, if what was given was compiled.
+        recursive: modules inside the model, too.
     """
     compiled = model if is_compiled_module(model) else None
     model = compiled._orig_mod if compiled is not None else model
@@ -55,9 +58,21 @@ def extract_model_from_parallel(
         model = model.module
     if is_compiled_module(model) and not keep_torch_compile:
         model = model._orig_mod
-    if compiled is not None and keep_torch_compile and model is compiled._orig_mod:
-        return compiled
-    return model
+    if recursive:
+        for name, child in model.named_children():
+            setattr(model, name, extract_model_from_parallel(child, keep_fp32_wrapper, keep_torch_compile, recursive))
+    if not keep_fp32_wrapper:
+        restore_forward(model)
+    if compiled is None or not keep_torch_compile:
+        return model
+    return compiled if model is compiled._orig_mod else type(compiled)(model, compiled.dynamo_ctx)
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Undo what `prepare` did to a forward: it runs in the precision of its parameters again."""
+    if "_original_forward" in vars(model):
+        del model._original_forward
+        vars(model).pop("forward", None)
 
 
 def wait_for_everyone() -> None:

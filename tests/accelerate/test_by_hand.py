@@ -1,0 +1,177 @@
+"""Loops that accumulate without `accumulate`: by `no_sync`, by `model.no_sync`, or by not stepping. The original adds
+the backwards up and divides them by N; what a script does with that, the guide's own recipe for tokens among them, has
+to come out the same."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+IGNORED = -100
+
+
+def token_batches(num: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of four sequences of 12 tokens, of which other numbers have labels."""
+    generator = torch.Generator().manual_seed(0)
+    x_NTC = torch.randn(4 * num, 12, 5, generator=generator)
+    y_NT = torch.randint(0, 3, (4 * num, 12), generator=generator)
+    lengths = torch.randint(1, 12, (4 * num, 1), generator=generator)
+    y_NT[torch.arange(12) >= lengths] = IGNORED
+    return list(zip(x_NTC.split(4), y_NT.split(4), strict=True))
+
+
+def recipe(package: str, num_steps: int, num_batches: int) -> Tensor:
+    """The guide's recipe for causal language models: sums of losses, over all items of a window of all ranks."""
+    with entered(package) as door:
+        accelerator = door.Accelerator(gradient_accumulation_steps=num_steps, cpu=True)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        data = [(x, y) for xs, ys in token_batches(num_batches) for x, y in zip(xs, ys, strict=True)]
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=4))
+        batches = list(loader)
+        for start in range(0, len(batches), num_steps):
+            window = batches[start : start + num_steps]
+            num_items = sum((y != IGNORED).sum() for _, y in window)
+            num_items = accelerator.gather(num_items).sum().item()
+            for index, (x, y) in enumerate(window):
+                apart = index < len(window) - 1 and accelerator.num_processes > 1
+                with model.no_sync() if apart else nullcontext():
+                    logits = model(x).flatten(0, 1)
+                    loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
+                    accelerator.backward(loss * num_steps * accelerator.num_processes / num_items)
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.cat([p.detach().flatten() for p in accelerator.unwrap_model(model).parameters()])
+
+
+def full_batch(num_together: int, num_batches: int) -> Tensor:
+    """The same training in float64, each window at once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    model.load_state_dict(start.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batches = token_batches(num_batches)
+    for first in range(0, num_batches, num_together):
+        xs, ys = zip(*batches[first : first + num_together], strict=True)
+        logits = model(torch.cat(xs).double()).flatten(0, 1)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, torch.cat(ys).flatten(), ignore_index=IGNORED).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("num_steps", "num_batches"), [(1, 4), (2, 6), (4, 8), (4, 10)])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_recipe_for_tokens_is_the_full_batch(ranks: Any, num_ranks: int, num_steps: int, num_batches: int):
+    num_batches *= num_ranks
+    theirs, ours = (
+        ranks(num_ranks).run(recipe, package, num_steps, num_batches)
+        if num_ranks > 1
+        else [recipe(package, num_steps, num_batches)]
+        for package in BOTH
+    )
+    expected = full_batch(num_steps * num_ranks, num_batches)
+    for weights in ours:
+        assert torch.equal(weights, ours[0])
+        # Weights of about 1 in float32, a few hundred roundings.
+        torch.testing.assert_close(weights.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)
+
+
+def by_hand(package: str, num_steps: int, every: int, *, holds: bool, prepares: bool) -> list[float]:
+    """The gradients that a loop sees which steps after `every` batches."""
+    with entered(package) as door:
+        accelerator = door.Accelerator(gradient_accumulation_steps=num_steps, cpu=True)
+        model = nn.Linear(1, 1, bias=False)
+        weight = model.weight
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model, loader = accelerator.prepare(model, DataLoader(torch.arange(1.0, 17.0).view(16, 1), batch_size=2))
+        seen: list[float] = []
+        optimizer.register_step_pre_hook(lambda *_: seen.append(float(weight.grad)))
+        if prepares:
+            optimizer = accelerator.prepare(optimizer)
+        for index, batch in enumerate(loader, start=1):
+            is_last = index % every == 0
+            with nullcontext() if is_last or not holds else accelerator.no_sync(model):
+                accelerator.backward(model(batch).mean())
+            if is_last:
+                optimizer.step()
+                optimizer.zero_grad()
+        return seen
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("prepares", [True, False], ids=["prepared", "own optimizer"])
+@pytest.mark.parametrize("holds", [True, False], ids=["no_sync", "plain"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_sums_of_backwards_are_the_originals(ranks: Any, num_ranks: int, holds: bool, prepares: bool, num_steps: int):
+    jobs = [
+        ranks(2).run(hand_job, package, num_steps, holds, prepares)[0]
+        if num_ranks > 1
+        else hand_job(package, num_steps, holds, prepares)
+        for package in BOTH
+    ]
+    assert jobs[0] == jobs[1]
+    assert len(jobs[0]) == 4 // num_ranks
+
+
+def hand_job(package: str, num_steps: int, holds: bool, prepares: bool) -> list[float]:
+    return by_hand(package, num_steps, 2, holds=holds, prepares=prepares)
+
+
+def test_a_forgotten_accumulate_is_told_once_and_steps_on_whole_gradients():
+    with pytest.warns(UserWarning, match="gradient_accumulation_steps=4, .with"):
+        ours = by_hand(OURS, 4, 1, holds=False, prepares=True)
+    theirs = by_hand(ORIGINAL, 4, 1, holds=False, prepares=True)
+    assert [4 * t for t in theirs] == ours  # in silence, a quarter of each
+
+
+def test_a_short_last_window_of_a_loop_by_hand_is_not_taken_for_a_forgotten_accumulate():
+    def steps(package: str) -> list[float]:
+        with entered(package) as door:
+            accelerator = door.Accelerator(gradient_accumulation_steps=2, cpu=True)
+            model = nn.Linear(1, 1, bias=False)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            weight = model.weight
+            model, optimizer = accelerator.prepare(model, optimizer)
+            seen: list[float] = []
+            for window in ([1.0, 3.0], [5.0]):
+                for x in window:
+                    accelerator.backward(model(torch.tensor([[x]])).mean())
+                before = weight.item()
+                optimizer.step()
+                seen.append(round(before - weight.item(), 5))
+                optimizer.zero_grad()
+            return seen
+
+    assert steps(ORIGINAL) == steps(OURS) == [2.0, 2.5]
+
+
+def no_sync_of(package: str) -> tuple[bool, bool]:
+    import copy
+    import pickle
+
+    with entered(package) as door:
+        model = door.Accelerator(cpu=True).prepare(nn.Linear(2, 2))
+        copies = [copy.deepcopy(model)] if package == ORIGINAL else [pickle.loads(pickle.dumps(model))]
+        with model.no_sync(), copies[0].no_sync():
+            pass
+        return hasattr(model, "no_sync"), set(door.Accelerator().unwrap_model(model).state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("package", BOTH)
+def test_models_have_no_sync_where_there_are_ranks(ranks: Any, package: str):
+    assert ranks(2).run(no_sync_of, package) == [(True, True)] * 2

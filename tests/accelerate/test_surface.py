@@ -1,0 +1,255 @@
+"""The names and signatures of the original: each is here as it is there, is refused by name, or is listed with its reason."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from macrobatch.errors import ArgumentError
+from tests.accelerate.doors import ORIGINAL, OURS, entered
+
+MODULES = """accelerator state optimizer scheduler data_loader launchers local_sgd logging tracking utils.dataclasses
+    utils.operations utils.random utils.memory utils.imports utils.environment utils.versions utils.modeling utils.other
+    utils.tqdm utils.constants""".split()
+
+DIFFERENT = {
+    "accelerator.Accelerator": "split_batches: its default is a private object in the original, which ignores it",
+    "accelerator.Accelerator.init_trackers": "the original hides its parameters behind a decorator",
+    "accelerator.Accelerator.log": "the original hides its parameters behind a decorator",
+    "accelerator.Accelerator.skip_first_batches": "num_batches=None: those of a loaded checkpoint; 0 for other loaders",
+    "data_loader.skip_first_batches": "as above",
+    "state.PartialState.on_last_process": "function=None, as for the other decorators, to be called with parentheses",
+    "utils.dataclasses.GradientAccumulationPlugin": "defaults that can be told from the same values when passed",
+    "utils.modeling.find_tied_parameters": "its kwargs are the original's own recursion",
+}
+"""Signatures that differ, and why."""
+
+PARALLEL = "of tensor, context and pipeline parallelism, which are not part of macrobatch"
+INTERNAL = "of the original's own making"
+HARDWARE = "of hardware that macrobatch does not compute on"
+MEGATRON = "of Megatron-LM, which is not part of macrobatch"
+COMPILING = "models are compiled by the accelerator: dynamo_plugin="
+NOT_THERE = {
+    "accelerator.Accelerator.context_parallel_rank": PARALLEL,
+    "accelerator.Accelerator.data_parallel_rank": PARALLEL,
+    "accelerator.Accelerator.data_parallel_shard_rank": PARALLEL,
+    "accelerator.Accelerator.deepspeed_ulysses_dl_adapter": PARALLEL,
+    "accelerator.Accelerator.is_composable_parallelism_enabled": PARALLEL,
+    "accelerator.Accelerator.lomo_backward": "LOMO steps inside the backward, where nothing can be accumulated",
+    "accelerator.Accelerator.maybe_context_parallel": PARALLEL,
+    "accelerator.Accelerator.pipeline_parallel_rank": PARALLEL,
+    "accelerator.Accelerator.tensor_parallel_rank": PARALLEL,
+    "accelerator.Accelerator.verify_device_map": "of big-model inference, which is not part of macrobatch",
+    "state.AcceleratorState.get_deepspeed_plugin": "of DeepSpeed, which is not part of macrobatch",
+    "state.AcceleratorState.select_deepspeed_plugin": "of DeepSpeed, which is not part of macrobatch",
+    "state.ThreadLocalSharedDict": HARDWARE,
+    "data_loader.DataLoaderAdapter": INTERNAL,
+    "data_loader.DataLoaderDispatcher.adjust_state_dict_for_prefetch": INTERNAL,
+    "data_loader.DataLoaderShard.adjust_state_dict_for_prefetch": INTERNAL,
+    "data_loader.SkipDataLoader.adjust_state_dict_for_prefetch": INTERNAL,
+    "launchers.test_launch": INTERNAL,
+    "optimizer.move_to_device": INTERNAL,
+    "optimizer.patch_optimizer_step": INTERNAL,
+    "utils.dataclasses.EnumWithContains": INTERNAL,
+    "utils.dataclasses.get_module_class_from_name": INTERNAL,
+    **{f"utils.dataclasses.parse_{name}_config": MEGATRON for name in ("bert", "glm4_moe", "gpt2", "llama", "t5")},
+    "utils.dataclasses.DynamoBackend.AOT_TORCHXLA_TRACE_ONCE": HARDWARE,
+    "utils.dataclasses.DynamoBackend.TORCHXLA_TRACE_ONCE": HARDWARE,
+    "utils.dataclasses.DynamoBackend.HPU_BACKEND": HARDWARE,
+    "utils.dataclasses.DynamoBackend.NEURON": HARDWARE,
+    **{f"utils.dataclasses.RNGType.{name}": HARDWARE for name in "HPU MLU MUSA NEURON NPU SDAA XLA XPU".split()},
+    "utils.dataclasses.FullyShardedDataParallelPlugin.set_cpu_offload": INTERNAL,
+    "utils.dataclasses.FullyShardedDataParallelPlugin.set_mixed_precision": INTERNAL,
+    "utils.dataclasses.FullyShardedDataParallelPlugin.set_state_dict_type": INTERNAL,
+    "utils.dataclasses.FullyShardedDataParallelPlugin.validate_cpu_offload": INTERNAL,
+    "utils.dataclasses.FullyShardedDataParallelPlugin.validate_mixed_precision_policy": INTERNAL,
+    "utils.operations.chained_operation": INTERNAL,
+    "utils.operations.copy_tensor_to_devices": INTERNAL,
+    "utils.operations.gather_tensor_shape": INTERNAL,
+    "utils.operations.get_shape": INTERNAL,
+    "utils.operations.is_torch_xpu_tensor": HARDWARE,
+    "utils.operations.verify_operation": INTERNAL,
+    "utils.environment.CPUInformation": INTERNAL,
+    "utils.environment.check_cuda_p2p_ib_support": INTERNAL,
+    "utils.environment.get_cpu_distributed_information": INTERNAL,
+    "utils.environment.get_current_device_type": INTERNAL,
+    "utils.environment.get_driver_version": INTERNAL,
+    "utils.environment.get_gpu_info": INTERNAL,
+    "utils.environment.override_numa_affinity": INTERNAL,
+    "utils.environment.set_numa_affinity": INTERNAL,
+    "utils.modeling.convert_file_size_to_int": INTERNAL,
+    "utils.modeling.get_grad_scaler": INTERNAL,
+    "utils.modeling.id_tensor_storage": INTERNAL,
+    "utils.other.check_os_kernel": INTERNAL,
+    "utils.other.compile_regions": COMPILING,
+    "utils.other.compile_regions_fsdp2": COMPILING,
+    "utils.other.get_free_port": INTERNAL,
+    "utils.other.get_module_children_bottom_up": INTERNAL,
+    "utils.other.has_compiled_regions": COMPILING,
+    "utils.other.has_repeated_blocks": COMPILING,
+    "utils.other.is_repeated_blocks": COMPILING,
+}
+"""Names that are not here, and why; what a training script may import besides says so when it is asked for."""
+
+
+def public_names(module: str) -> Iterator[tuple[str, Any]]:
+    """What a module of the original defines itself, attributes of classes included."""
+    original = importlib.import_module(f"{ORIGINAL}.{module}")
+    for name, value in vars(original).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != original.__name__:
+            continue
+        yield f"{module}.{name}", value
+        for attribute in dir(value) if inspect.isclass(value) else ():
+            owner = next((kind for kind in value.__mro__ if attribute in vars(kind)), object)
+            if not attribute.startswith("_") and owner.__module__.startswith(ORIGINAL):
+                yield f"{module}.{name}.{attribute}", getattr(value, attribute)
+
+
+def ours(path: str) -> Any:
+    """The same of this door; an AttributeError if it is not there, an ImportError if it is refused by name."""
+    *parents, name = path.split(".")
+    depth = 2 if parents[0] == "utils" else 1
+    found = importlib.import_module(".".join([OURS, *parents[:depth]]))
+    for part in [*parents[depth:], name]:
+        found = getattr(found, part)
+    return found
+
+
+def test_every_name_is_here_or_refused_or_listed():
+    missing: list[str] = []
+    refused = 0
+    for path, _ in (pair for module in MODULES for pair in public_names(module)):
+        try:
+            ours(path)
+        except ImportError as error:
+            assert "To fix it" in str(error)
+            refused += 1
+        except AttributeError:
+            missing.append(path)
+    on_instances = {path for path in missing if path.startswith(INSTANCES)}
+    assert {path for path in missing if path not in on_instances} == set(NOT_THERE)
+    assert refused > 20  # else `absent` is not asked
+
+
+INSTANCES = (
+    "state.AcceleratorState.",
+    "scheduler.AcceleratedScheduler.",
+    "utils.dataclasses.GradientAccumulationPlugin.",
+    "utils.dataclasses.FullyShardedDataParallelPlugin.",
+)
+"""Classes whose objects pass attributes on; see `test_objects_have_the_attributes_of_the_originals`."""
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:
+    return [
+        (p.name, p.kind.name, getattr(p.default, "__qualname__", p.default))
+        for p in inspect.signature(function).parameters.values()
+    ]
+
+
+def fits(original: Callable[..., Any], own: Callable[..., Any]) -> bool:
+    """Whether every call of the original's is one of ours, with the same defaults. What ours takes besides is optional."""
+    theirs, mine = parameters(original), parameters(own)
+    several = {"VAR_POSITIONAL", "VAR_KEYWORD"}
+    kinds = {kind for _, kind, _ in mine}
+    if kinds == several:
+        return True  # it takes anything
+    named = [each for each in theirs if each[1] not in several]
+    own_named = [each for each in mine if each[1] not in several]
+    optional = all(default is not inspect.Parameter.empty for _, _, default in own_named[len(named) :])
+    open_ended = {kind for _, kind, _ in theirs if kind in several}
+    return own_named[: len(named)] == named and optional and open_ended <= kinds
+
+
+def test_signatures_are_the_originals_but_for_those_that_are_listed():
+    compared, different = 0, set[str]()
+    for path, value in (pair for module in MODULES for pair in public_names(module)):
+        if not callable(value) or path in NOT_THERE or path.rsplit(".", 1)[0] in ("utils.dataclasses.RNGType",):
+            continue
+        try:
+            mine = ours(path)
+        except (ImportError, AttributeError):
+            continue
+        if inspect.isclass(value) and issubclass(value, str | Exception | UserWarning):
+            continue
+        compared += 1
+        if not fits(value, mine):
+            different.add(path)
+    assert different == set(DIFFERENT)
+    assert compared > 150
+
+
+def test_the_rule_for_signatures_tells_them_apart():
+    def original(a, b=1): ...
+
+    assert fits(original, lambda a, b=1: ...)
+    assert fits(original, lambda a, b=1, c=2: ...)
+    assert fits(original, lambda *args, **kwargs: ...)
+    for other in (lambda a, b=2: ..., lambda b=1, a=1: ..., lambda a: ..., lambda a, b=1, *, c: ...):
+        assert not fits(original, other)
+
+
+def test_objects_have_the_attributes_of_the_originals(tmp_path: Any):
+    import torch
+
+    kinds = {"GradientAccumulationPlugin": {}, "FullyShardedDataParallelPlugin": {}}
+    seen: dict[str, dict[str, set[str]]] = {}
+    for package in (ORIGINAL, OURS):
+        with entered(package) as door:
+            accelerator = door.Accelerator(cpu=True)
+            model = torch.nn.Linear(1, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            prepared = accelerator.prepare(model, optimizer, scheduler)
+            objects = {"state": accelerator.state, "optimizer": prepared[1], "scheduler": prepared[2]}
+            objects |= {name: getattr(door.utils, name)(**options) for name, options in kinds.items()}
+            names = {"state": {*dir(accelerator.state), *vars(accelerator.state)}}
+            names |= {name: set(dir(value)) for name, value in objects.items() if name != "state"}
+            seen[package] = {
+                key: {name for name in each if not name.startswith("_") and hasattr(objects[key], name)}
+                for key, each in (names if package == ORIGINAL else seen[ORIGINAL]).items()
+            }
+    missing = {f"{key}.{name}" for key, each in seen[ORIGINAL].items() for name in each - seen[OURS][key]}
+    assert missing == {
+        "optimizer.accelerator_state",
+        "optimizer.gradient_state",
+        "scheduler.gradient_state",
+        "state.get_deepspeed_plugin",
+        "state.select_deepspeed_plugin",
+        "state.device_mesh",
+        *(f"FullyShardedDataParallelPlugin.{path.rsplit('.', 1)[1]}" for path in NOT_THERE if "SharedData" in path or "ShardedData" in path),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deepspeed_plugin": object()},
+        {"megatron_lm_plugin": object()},
+        {"torch_tp_plugin": object()},
+        {"parallelism_config": object()},
+        {"deepspeed_plugins": {"a": object()}},
+        {"mixed_precision": "fp8"},
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_with_what_to_use(options: dict[str, Any]):
+    with entered(OURS) as door, pytest.raises(ArgumentError, match="To fix it, .+"):
+        door.Accelerator(**options)
+
+
+@pytest.mark.parametrize("name", ["DeepSpeedPlugin", "MegatronLMPlugin", "FP8RecipeKwargs", "load_and_quantize_model"])
+def test_importing_what_is_not_part_of_it_says_what_to_use(name: str):
+    with pytest.raises(ImportError, match=f"{name}: .* To fix it, .+"):
+        exec(f"from macrobatch.accelerate.utils import {name}")
+
+
+def test_plugins_can_be_imported_from_the_module_of_the_accelerator():
+    from macrobatch.accelerate.accelerator import DataLoaderConfiguration, GradientAccumulationPlugin
+
+    assert DataLoaderConfiguration().even_batches
+    assert GradientAccumulationPlugin(num_steps=3).num_steps == 3
