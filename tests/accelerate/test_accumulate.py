@@ -3,8 +3,12 @@ itself as the control, and what is right."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
 import math
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -607,3 +611,58 @@ def test_precision_of_outputs(precision):
     assert output.dtype == torch.float32
     with door.autocast():
         assert nn.Linear(4, 4)(torch.ones(1, 4)).dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"]
+)
+def test_wrappers_can_be_copied_and_pickled(duplicate):
+    run = Recorder(accelerator(OURS, 2), [-4.0] * 4)
+    scheduler = run.accelerator.prepare(torch.optim.lr_scheduler.StepLR(run.optimizer.optimizer, 1))
+    run.optimizer.optimizer._optimizer_step_post_hooks.clear()
+    optimizer, moved = duplicate(run.optimizer), duplicate(scheduler)
+    assert type(optimizer) is type(run.optimizer)
+    assert type(moved) is type(scheduler)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    assert moved.get_last_lr() == scheduler.get_last_lr()
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()  # it is in no window
+    assert optimizer.param_groups[0]["params"][0].item() == -1.0
+    assert run.weight.item() == 0.0
+
+
+def test_an_accelerator_that_is_let_go_of_is_gone():
+    run = accelerator(OURS, 2)
+    model = nn.Linear(1, 1)
+    model, optimizer, loader = run.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader([torch.ones(1)] * 4)
+    )
+    gc.disable()
+    try:
+        for x in loader:
+            with run.accumulate(model):
+                run.backward(model(x).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+        gone = weakref.ref(run)
+        del run, model, optimizer, loader
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class Bare(torch.optim.SGD):
+    def zero_grad(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().zero_grad()
+
+
+def test_an_optimizer_whose_zero_grad_takes_nothing():
+    run = accelerator(OURS)
+    model = nn.Linear(1, 1)
+    model, optimizer = run.prepare(model, Bare(model.parameters(), lr=0.1))
+    run.gradient_accumulation_steps = 1
+    run.backward(model(torch.ones(1, 1)).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+    assert model.weight.grad is None

@@ -526,3 +526,10 @@ def test_dispatched_batches_are_skipped(ranks: Any, num_batches: int):
     whole = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     for found in ranks(2).run(skips_dispatched, num_batches):
         assert found == whole[num_batches:]
+
+
+def test_a_dispatcher_of_one_process_reads_for_itself():
+    loader = importlib.import_module(f"{OURS}.data_loader").DataLoaderDispatcher(range(10), batch_size=4)
+    for _ in range(2):
+        seen = [(batch.tolist(), loader.end_of_dataloader) for batch in loader]
+        assert seen == [([0, 1, 2, 3], False), ([4, 5, 6, 7], False), ([8, 9], True)]

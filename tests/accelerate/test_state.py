@@ -221,3 +221,10 @@ def test_print_and_nothing(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == "once!"
     assert do_nothing(1, key=2) is None
     assert GradientState().num_steps == 1
+
+
+def test_the_environment_may_choose_the_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu:3")
+    PartialState._reset_state()
+    assert str(PartialState().device) == "cpu:3"
+    PartialState._reset_state()

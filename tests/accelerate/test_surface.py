@@ -1,4 +1,4 @@
-"""The names and signatures of the original: each is here as it is there, is refused by name, or is listed with its reason."""
+"""The names and signatures of the original: each is here as it is there, is refused by name, or is listed with why."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 from macrobatch.errors import ArgumentError
 from tests.accelerate.doors import ORIGINAL, OURS, entered
 
-MODULES = """accelerator state optimizer scheduler data_loader launchers local_sgd logging tracking utils.dataclasses
-    utils.operations utils.random utils.memory utils.imports utils.environment utils.versions utils.modeling utils.other
-    utils.tqdm utils.constants""".split()
+MODULES = [
+    *["accelerator", "state", "optimizer", "scheduler", "data_loader", "launchers", "local_sgd", "logging", "tracking"],
+    *[f"utils.{name}" for name in ("dataclasses", "operations", "random", "memory", "imports", "environment")],
+    *[f"utils.{name}" for name in ("versions", "modeling", "other", "tqdm", "constants")],
+]
 
 DIFFERENT = {
     "accelerator.Accelerator": "split_batches: its default is a private object in the original, which ignores it",
@@ -44,8 +46,6 @@ NOT_THERE = {
     "accelerator.Accelerator.pipeline_parallel_rank": PARALLEL,
     "accelerator.Accelerator.tensor_parallel_rank": PARALLEL,
     "accelerator.Accelerator.verify_device_map": "of big-model inference, which is not part of macrobatch",
-    "state.AcceleratorState.get_deepspeed_plugin": "of DeepSpeed, which is not part of macrobatch",
-    "state.AcceleratorState.select_deepspeed_plugin": "of DeepSpeed, which is not part of macrobatch",
     "state.ThreadLocalSharedDict": HARDWARE,
     "data_loader.DataLoaderAdapter": INTERNAL,
     "data_loader.DataLoaderDispatcher.adjust_state_dict_for_prefetch": INTERNAL,
@@ -61,12 +61,10 @@ NOT_THERE = {
     "utils.dataclasses.DynamoBackend.TORCHXLA_TRACE_ONCE": HARDWARE,
     "utils.dataclasses.DynamoBackend.HPU_BACKEND": HARDWARE,
     "utils.dataclasses.DynamoBackend.NEURON": HARDWARE,
-    **{f"utils.dataclasses.RNGType.{name}": HARDWARE for name in "HPU MLU MUSA NEURON NPU SDAA XLA XPU".split()},
-    "utils.dataclasses.FullyShardedDataParallelPlugin.set_cpu_offload": INTERNAL,
-    "utils.dataclasses.FullyShardedDataParallelPlugin.set_mixed_precision": INTERNAL,
-    "utils.dataclasses.FullyShardedDataParallelPlugin.set_state_dict_type": INTERNAL,
-    "utils.dataclasses.FullyShardedDataParallelPlugin.validate_cpu_offload": INTERNAL,
-    "utils.dataclasses.FullyShardedDataParallelPlugin.validate_mixed_precision_policy": INTERNAL,
+    **{
+        f"utils.dataclasses.RNGType.{name}": HARDWARE
+        for name in ["HPU", "MLU", "MUSA", "NEURON", "NPU", "SDAA", "XLA", "XPU"]
+    },
     "utils.operations.chained_operation": INTERNAL,
     "utils.operations.copy_tensor_to_devices": INTERNAL,
     "utils.operations.gather_tensor_shape": INTERNAL,
@@ -97,45 +95,37 @@ NOT_THERE = {
 
 
 def public_names(module: str) -> Iterator[tuple[str, Any]]:
-    """What a module of the original defines itself, attributes of classes included."""
+    """What a module of the original defines itself; of classes that are here, the attributes too."""
     original = importlib.import_module(f"{ORIGINAL}.{module}")
     for name, value in vars(original).items():
+        path = f"{module}.{name}"
         if name.startswith("_") or getattr(value, "__module__", None) != original.__name__:
             continue
-        yield f"{module}.{name}", value
-        for attribute in dir(value) if inspect.isclass(value) else ():
+        yield path, value
+        is_here = inspect.isclass(value) and inspect.isclass(ours(path))
+        for attribute in dir(value) if is_here else ():
             owner = next((kind for kind in value.__mro__ if attribute in vars(kind)), object)
             if not attribute.startswith("_") and owner.__module__.startswith(ORIGINAL):
-                yield f"{module}.{name}.{attribute}", getattr(value, attribute)
+                yield f"{path}.{attribute}", getattr(value, attribute)
 
 
 def ours(path: str) -> Any:
-    """The same of this door; an AttributeError if it is not there, an ImportError if it is refused by name."""
+    """The same of this door: None if it is not there, an ImportError if it is refused by name."""
     *parents, name = path.split(".")
     depth = 2 if parents[0] == "utils" else 1
     found = importlib.import_module(".".join([OURS, *parents[:depth]]))
-    for part in [*parents[depth:], name]:
-        found = getattr(found, part)
-    return found
+    try:
+        for part in [*parents[depth:], name]:
+            found = getattr(found, part)
+    except AttributeError:
+        return None
+    except ImportError as error:
+        return error if len(parents) == depth else None
+    return ... if found is None else found
 
 
-def test_every_name_is_here_or_refused_or_listed():
-    missing: list[str] = []
-    refused = 0
-    for path, _ in (pair for module in MODULES for pair in public_names(module)):
-        try:
-            ours(path)
-        except ImportError as error:
-            assert "To fix it" in str(error)
-            refused += 1
-        except AttributeError:
-            missing.append(path)
-    on_instances = {path for path in missing if path.startswith(INSTANCES)}
-    assert {path for path in missing if path not in on_instances} == set(NOT_THERE)
-    assert refused > 20  # else `absent` is not asked
-
-
-INSTANCES = (
+ALL = [pair for module in MODULES for pair in public_names(module)]
+ON_OBJECTS = (
     "state.AcceleratorState.",
     "scheduler.AcceleratedScheduler.",
     "utils.dataclasses.GradientAccumulationPlugin.",
@@ -144,43 +134,56 @@ INSTANCES = (
 """Classes whose objects pass attributes on; see `test_objects_have_the_attributes_of_the_originals`."""
 
 
+def test_every_name_is_here_or_refused_or_listed():
+    found = {path: ours(path) for path, _ in ALL if not path.startswith(ON_OBJECTS)}
+    assert {path for path, mine in found.items() if mine is None} == set(NOT_THERE)
+    refusals = [str(mine) for mine in found.values() if isinstance(mine, ImportError)]
+    assert len(refusals) > 20
+    assert all("To fix it" in refusal for refusal in refusals)
+
+
+REQUIRED = "no default"
+
+
+def _plain(default: Any) -> Any:
+    """A default that compares equal to the other package's."""
+    return getattr(default, "value", getattr(default, "__qualname__", default))
+
+
 def parameters(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:
     return [
-        (p.name, p.kind.name, getattr(p.default, "__qualname__", p.default))
+        (p.name, p.kind.name, REQUIRED if p.default is p.empty else _plain(p.default))
         for p in inspect.signature(function).parameters.values()
     ]
 
 
 def fits(original: Callable[..., Any], own: Callable[..., Any]) -> bool:
-    """Whether every call of the original's is one of ours, with the same defaults. What ours takes besides is optional."""
+    """Whether every call of the original's is one of ours, with the same defaults; what else it takes is optional."""
     theirs, mine = parameters(original), parameters(own)
     several = {"VAR_POSITIONAL", "VAR_KEYWORD"}
     kinds = {kind for _, kind, _ in mine}
-    if kinds == several:
+    if kinds == several and len(mine) == 2:
         return True  # it takes anything
     named = [each for each in theirs if each[1] not in several]
     own_named = [each for each in mine if each[1] not in several]
-    optional = all(default is not inspect.Parameter.empty for _, _, default in own_named[len(named) :])
+    optional = all(default != REQUIRED for _, _, default in own_named[len(named) :])
     open_ended = {kind for _, kind, _ in theirs if kind in several}
     return own_named[: len(named)] == named and optional and open_ended <= kinds
 
 
+def is_plain(value: Any) -> bool:
+    """Whether it is an enum or an error, whose signatures are Python's."""
+    return inspect.isclass(value) and issubclass(value, str | Exception)
+
+
 def test_signatures_are_the_originals_but_for_those_that_are_listed():
-    compared, different = 0, set[str]()
-    for path, value in (pair for module in MODULES for pair in public_names(module)):
-        if not callable(value) or path in NOT_THERE or path.rsplit(".", 1)[0] in ("utils.dataclasses.RNGType",):
-            continue
-        try:
-            mine = ours(path)
-        except (ImportError, AttributeError):
-            continue
-        if inspect.isclass(value) and issubclass(value, str | Exception | UserWarning):
-            continue
-        compared += 1
-        if not fits(value, mine):
-            different.add(path)
-    assert different == set(DIFFERENT)
-    assert compared > 150
+    pairs = {path: (value, ours(path)) for path, value in ALL if callable(value) and callable(ours(path))}
+    enums = {
+        path for path, (value, _) in pairs.items() if inspect.isclass(value) and issubclass(value, str | Exception)
+    }
+    compared = {path: pair for path, pair in pairs.items() if path not in enums and pair[1] is not ...}
+    assert {path for path, (theirs, mine) in compared.items() if not fits(theirs, mine)} == set(DIFFERENT)
+    assert len(compared) > 150
 
 
 def test_the_rule_for_signatures_tells_them_apart():
@@ -218,10 +221,16 @@ def test_objects_have_the_attributes_of_the_originals(tmp_path: Any):
         "optimizer.accelerator_state",
         "optimizer.gradient_state",
         "scheduler.gradient_state",
+        "scheduler.print_lr",  # nor has torch's any more
+        "state.deepspeed_plugins",
+        "state.device_mesh",
         "state.get_deepspeed_plugin",
         "state.select_deepspeed_plugin",
-        "state.device_mesh",
-        *(f"FullyShardedDataParallelPlugin.{path.rsplit('.', 1)[1]}" for path in NOT_THERE if "SharedData" in path or "ShardedData" in path),
+        "FullyShardedDataParallelPlugin.set_cpu_offload",
+        "FullyShardedDataParallelPlugin.set_mixed_precision",
+        "FullyShardedDataParallelPlugin.set_state_dict_type",
+        "FullyShardedDataParallelPlugin.validate_cpu_offload",
+        "FullyShardedDataParallelPlugin.validate_mixed_precision_policy",
     }
 
 
@@ -238,14 +247,21 @@ def test_objects_have_the_attributes_of_the_originals(tmp_path: Any):
     ids=str,
 )
 def test_what_makes_no_sense_is_refused_with_what_to_use(options: dict[str, Any]):
-    with entered(OURS) as door, pytest.raises(ArgumentError, match="To fix it, .+"):
+    with entered(OURS) as door, pytest.raises(ArgumentError, match="To fix it, "):
         door.Accelerator(**options)
 
 
 @pytest.mark.parametrize("name", ["DeepSpeedPlugin", "MegatronLMPlugin", "FP8RecipeKwargs", "load_and_quantize_model"])
 def test_importing_what_is_not_part_of_it_says_what_to_use(name: str):
-    with pytest.raises(ImportError, match=f"{name}: .* To fix it, .+"):
+    with pytest.raises(ImportError, match=rf"{name}: .* To fix it, "):
         exec(f"from macrobatch.accelerate.utils import {name}")
+
+
+def test_constants_are_the_originals():
+    theirs, mine = (vars(importlib.import_module(f"{package}.utils.constants")) for package in (ORIGINAL, OURS))
+    names = {name for name in mine if name.isupper()}
+    assert len(names) > 10
+    assert {name: mine[name] for name in names} == {name: theirs[name] for name in names}
 
 
 def test_plugins_can_be_imported_from_the_module_of_the_accelerator():

@@ -20,6 +20,7 @@ from macrobatch.accelerate.utils import dataclasses as ours
 from macrobatch.accelerate.utils import environment, imports, memory
 from macrobatch.accelerate.utils.random import set_seed, synchronize_rng_states
 from macrobatch.errors import ArgumentError
+from tests.accelerate.doors import entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -174,6 +175,73 @@ def drawn() -> tuple[float, float, float]:
     return random.random(), float(np.random.random()), float(torch.rand(()))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, None),
+        ({"sharding_strategy": "FULL_SHARD"}, True),
+        ({"sharding_strategy": "SHARD_GRAD_OP"}, False),
+        ({"sharding_strategy": 1}, True),
+        ({"reshard_after_forward": "false"}, False),
+        ({"reshard_after_forward": True, "sharding_strategy": "SHARD_GRAD_OP"}, True),
+    ],
+    ids=str,
+)
+def test_fsdp_says_in_old_and_new_words_when_to_reshard(options: dict[str, Any], expected: Any):
+    assert ours.FullyShardedDataParallelPlugin(**options).reshard_after_forward is expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fsdp_version": 1},
+        {"sharding_strategy": "HYBRID_SHARD"},
+        {"use_orig_params": False},
+        {"ignored_modules": []},
+        {"cpu_ram_efficient_loading": True},
+        {"mixed_precision_policy": "fp8"},
+    ],
+    ids=str,
+)
+def test_fsdp_refuses_what_it_does_not_do(options: dict[str, Any]):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        ours.FullyShardedDataParallelPlugin(**options)
+
+
+def test_fsdp_takes_a_precision_by_name():
+    policy = ours.FullyShardedDataParallelPlugin(mixed_precision_policy="bf16").mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def recomputed(checkpoints: bool) -> tuple[int, list[float], list[str]]:
+    """How often a block's forward runs in one step, its gradients, and the model's names."""
+    torch.manual_seed(0)
+    calls: list[int] = []
+
+    class Block(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return super().forward(input).tanh()
+
+    with entered("macrobatch.accelerate") as door:
+        plugin = door.FullyShardedDataParallelPlugin(
+            transformer_cls_names_to_wrap=["Block"], activation_checkpointing=checkpoints
+        )
+        accelerator = door.Accelerator(cpu=True, fsdp_plugin=plugin)
+        model = nn.Sequential(Block(4, 4), Block(4, 4))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+        weights = accelerator.get_state_dict(model).get("0.weight", torch.empty(0)).flatten().tolist()
+        return len(calls), weights, sorted(model.state_dict())
+
+
+def test_fsdp_recomputes_activations_if_asked_to(ranks: Any):
+    plain, again = (ranks(2).run(recomputed, flag)[0] for flag in (False, True))
+    assert (plain[0], again[0]) == (2, 4)
+    assert plain[1:] == again[1:]
+
+
 def test_seed_is_the_originals():
     set_seed(7)
     mine = drawn()
@@ -284,6 +352,17 @@ def test_facts_of_a_model_are_the_originals():
     assert utils.find_tied_parameters(model) == theirs.find_tied_parameters(model) == [["a.weight", "c.weight"]]
     del model["c"]
     assert utils.compute_module_sizes(model) == dict(theirs.compute_module_sizes(model))
+
+
+def test_what_is_unwrapped_stays_compiled_if_asked_to():
+    model = nn.Linear(1, 1)
+    compiled: Any = torch.compile(nn.DataParallel(model))
+    kept: Any = utils.extract_model_from_parallel(compiled, keep_torch_compile=True)
+    assert kept._orig_mod is model
+    assert compiled._orig_mod.module is model  # what was passed is as before
+    assert utils.extract_model_from_parallel(compiled, keep_torch_compile=False) is model
+    outer = nn.Sequential(nn.DataParallel(model))
+    assert utils.extract_model_from_parallel(outer, recursive=True)[0] is model
 
 
 def test_wrappers_are_taken_off():

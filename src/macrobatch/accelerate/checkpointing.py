@@ -171,7 +171,7 @@ class Checkpoints(Processes):
                 _save_all(place, f"{SCHEDULER_NAME}.bin", (each.state_dict() for each in self._schedulers))
                 _save_all(place, f"{SAMPLER_NAME}.bin", loaders)
                 if self.scaler is not None:
-                    save_file(self.scaler.state_dict(), place / f"{SCALER_NAME}.pt")
+                    save_file(self.scaler.state_dict(), place / SCALER_NAME)
                 for rank, state in enumerate(generators):
                     save_file(state, place / f"{RNG_STATE_NAME}_{rank}.pkl")
                 for rank, state in enumerate(pending):
@@ -252,7 +252,7 @@ class Checkpoints(Processes):
         is_there = path.exists() or self.process_index < len(pending)
         generators = load_file(path) if is_there else None
         check_random_states(generators)
-        scaler = load_file(folder / f"{SCALER_NAME}.pt") if self.scaler is not None else None
+        scaler = load_file(folder / SCALER_NAME) if self.scaler is not None else None
         return _Saved(optimizers, schedulers, loaders, custom, pending, generators, scaler)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from macrobatch.accelerate.trackers import (
     WandBTracker,
     on_main_process,
 )
+from macrobatch.accelerate.utils.absent import absent
 from macrobatch.accelerate.utils.enums import LoggerType
 from macrobatch.accelerate.utils.imports import is_package_available
 from macrobatch.errors import ArgumentError, MissingDependencyError
@@ -146,3 +147,7 @@ class Tracking(Processes):
             if self.is_main_process or not tracker.main_process_only:
                 tracker.finish()
         self.wait_for_everyone()
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

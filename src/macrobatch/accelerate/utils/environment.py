@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
+from macrobatch.accelerate.utils.absent import absent
 from macrobatch.errors import ArgumentError
 
 __all__ = [
@@ -155,3 +156,7 @@ def purge_accelerate_environment(func_or_cls: Any) -> Any:
             os.environ.update(before)
 
     return purged
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

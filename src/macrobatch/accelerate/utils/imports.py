@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from macrobatch.accelerate.utils.absent import absent
 from macrobatch.accelerate.utils.versions import compare_versions
 
 __all__ = [
@@ -185,3 +186,7 @@ def is_weights_only_available() -> bool:
 def is_peft_model(model: Any) -> bool:
     """Whether it has adapters of the package peft."""
     return any(kind.__module__.split(".")[0] == "peft" for kind in type(model).__mro__)
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

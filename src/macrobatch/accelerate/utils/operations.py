@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from macrobatch.accelerate.utils.absent import absent
 from macrobatch.accelerate.utils.dataclasses import TensorInformation
 from macrobatch.accelerate.utils.environment import debug_mode
 from macrobatch.errors import ArgumentError, PeerError
@@ -392,3 +393,7 @@ def convert_outputs_to_fp32(model_forward: Callable[..., Any]) -> Callable[..., 
 
     forward.__wrapped__ = wrapped  # pyright: ignore[reportFunctionMemberAccess]
     return forward
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from macrobatch.accelerate.utils.absent import absent
 from macrobatch.errors import ArgumentError
 
 __all__ = [
@@ -173,3 +174,7 @@ def recursive_getattr(obj: Any, attr: str) -> Any:
     for name in attr.split("."):
         obj = getattr(obj, name)
     return obj
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)
