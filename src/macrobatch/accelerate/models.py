@@ -43,9 +43,6 @@ def autocast_forward(model: nn.Module, autocast: Callable[[], AbstractContextMan
     model.forward = in_autocast
 
 
-
-
-
 def wrap(model: nn.Module, device: torch.device, handler: Any) -> nn.Module:
     """`DistributedDataParallel`, with the arguments and the communication hook of a `DistributedDataParallelKwargs`."""
     wrapped = DistributedDataParallel(

@@ -200,12 +200,8 @@ class MLflowTracker(GeneralTracker):
         self.experiment_name = experiment_name
         self.logging_dir = logging_dir
         self.run_name = run_name
-        self._options: dict[str, Any] = {
-            "run_id": run_id,
-            "tags": tags,
-            "nested": nested_run,
-            "description": description,
-        }
+        self._options: dict[str, Any] = {"run_id": run_id, "tags": tags, "nested": nested_run}
+        self._options["description"] = description
         self.active_run: Any = None
         super().__init__()
 
