@@ -111,7 +111,8 @@ class GradientState:
     @property
     def readings(self) -> list[Reading]:
         """The loaders that are being read, in the order in which they were started."""
-        return self._shared()["readings"]
+        shared = GradientState._shared_state
+        return shared["readings"] if shared else self._shared()["readings"]
 
     @property
     def dataloader_references(self) -> list[Any]:

@@ -75,9 +75,7 @@ class AcceleratedOptimizer(Optimizer):
     def is_accumulating(self) -> bool:
         """Whether its window is under way, so that a step would do nothing."""
         window = self._window
-        if window is None:
-            return False
-        return (window.is_pending and not window.is_last) or window.state.is_held
+        return window is not None and window.is_accumulating
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update, if the window is full.
@@ -91,7 +89,7 @@ class AcceleratedOptimizer(Optimizer):
         window = self._window
         if window is None:
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        if self.is_accumulating:
+        if window.is_accumulating:
             return None
         self._is_overflow = False
         if closure is not None:

@@ -83,6 +83,11 @@ class FedWindow(Accumulation):
         return self.num_holds > 0 or self.state.is_held or len(self.optimizers) > 1
 
     @property
+    def is_accumulating(self) -> bool:
+        """Whether there is more to come before a step, which would do nothing now."""
+        return (self.is_pending and not self.window.is_closed) or self.state.is_held
+
+    @property
     def has_lost_its_loader(self) -> bool:
         """Whether the loader that fed the pending micro-batches is not being read any more."""
         return self._serial > 0 and not any(reading.serial >= self._serial for reading in self.state.readings)
