@@ -138,6 +138,12 @@ def contenders(work: Work) -> Iterator[Contender]:
     yield Contender("macrobatch, accelerate door, captured", given, partial(accelerate, work, given, ours, captured))
     for capture in ("graph", "compile"):
         yield Contender(f"TrainStep, {capture}", given, partial(train_step, work, given, capture))
+    is_16_bit = work.precision == "bf16"
+    if is_16_bit:
+        yield Contender("TrainStep, compile, fused", given, partial(train_step, work, given, "compile", fused=True))
+        for free in reversed(work.free):
+            fused = partial(train_step, work, free, "compile", fused=True)
+            yield Contender(f"TrainStep, compile, fused, free: {free}", free, fused)
     for free in reversed(work.free):
         for capture in ("compile", "graph"):
             yield Contender(f"TrainStep, {capture}, free: {free}", free, partial(train_step, work, free, capture))
@@ -227,11 +233,12 @@ def fabric(work: Work, size: int, model: nn.Module, device: torch.device) -> Mad
     return run, bare
 
 
-def train_step(work: Work, size: Any, capture: Any, model: nn.Module, device: torch.device) -> Made:
+def train_step(
+    work: Work, size: Any, capture: Any, model: nn.Module, device: torch.device, *, fused: bool = False
+) -> Made:
     optimizer = adamw(model)
-    step = mb.TrainStep(
-        model, optimizer, loss_of, micro_batch=size, precision=work.precision, capture=capture, nonfinite="ignore"
-    )
+    options: dict[str, Any] = {"precision": work.precision, "capture": capture, "fused_linear": fused}
+    step = mb.TrainStep(model, optimizer, loss_of, micro_batch=size, nonfinite="ignore", **options)
     return step, optimizer
 
 

@@ -49,6 +49,8 @@ def gpt124(job: Job) -> Iterator[Contender]:
         if job.device.type == "cuda":
             yield Contender("macrobatch, graph", num_rows, partial(macrobatch, job, num_rows, capture="graph"))
             yield Contender("macrobatch, captured", num_rows, partial(macrobatch, job, num_rows, capture="compile"))
+            fused = partial(macrobatch, job, num_rows, capture="compile", fused_linear=True)
+            yield Contender("macrobatch, captured, fused", num_rows, fused)
             yield Contender("by hand, flat buffer, CUDA graph", num_rows, partial(graphed, job, num_rows))
     after = partial(ReplicatedSync, overlap=False)  # hooks do not fire when a graph is replayed
     for num_rows in job.options.micro:

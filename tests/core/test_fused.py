@@ -173,6 +173,54 @@ def test_autocast_to_the_weights_dtype_is_fused(precision, num):
     assert relative_error(fused, plain) < 1e-2
 
 
+@pytest.mark.parametrize(("capture", "num"), [(None, 24), ("compile", 24)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+def test_fp32_weights_that_autocast_rounds_are_fused(capture, num):
+    """Tied, repeated, frozen and unused ones among them; the plain path rounds each weight gradient to bf16."""
+    model, ids_BT = tied()
+    torch._dynamo.reset()
+    options = {"precision": "bf16", "capture": capture}
+    plain = window(model.float(), ids_BT, **options)
+    fused, counted = num_products(model, ids_BT, fused_linear=True, **options)
+    assert counted == num
+    assert fused["unused.weight"] is None
+    assert relative_error(fused, plain) < 1e-2
+
+
+def test_autocast_rounds_no_weight_gradient():
+    """The products alone, of numbers that bf16 holds: exact but for fp32 sums, where the plain path is bf16."""
+    torch.manual_seed(0)
+    x_NI, slope_NO = (torch.randn(64, 16).to(BF16).float() for _ in range(2))
+    errors = {}
+    for fused in (True, False):
+        layer = nn.Linear(16, 16)
+
+        def loss(layer: Any, batch: Any) -> mb.Loss:
+            x, slope = batch
+            return mb.Loss((layer(x).float() * slope).sum(), len(x))
+
+        found = window(layer, (x_NI, slope_NO), loss=loss, precision="bf16", fused_linear=fused, micro_batch=16)
+        exact = slope_NO.double().t() @ x_NI.double() / 64  # a power of two scales what comes in without rounding
+        errors[fused] = float((found["weight"].double() - exact).norm() / exact.norm())
+    assert errors[True] < 1e-6
+    assert errors[False] > 1e-4
+
+
+def test_second_derivatives_reach_weights_that_autocast_rounds():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    x_BC = torch.randn(12, 4)
+
+    def penalty(model: Any, x_BC: Tensor) -> Tensor:
+        x_BC = x_BC.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x_BC).sum(), x_BC, create_graph=True)
+        return slope.float().square().mean()
+
+    exact = full_batch_gradient(copy.deepcopy(model), penalty, x_BC)
+    fused = window(model, x_BC, loss=penalty, precision="bf16", fused_linear=True)
+    assert relative_error(fused, exact) < 3e-2  # bf16 twice through
+
+
 def test_a_gradient_within_the_loss_is_not_added():
     """torch.autograd.grad to the inputs must leave weights alone, and a gradient penalty needs a second derivative."""
     torch.manual_seed(0)

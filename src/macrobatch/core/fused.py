@@ -1,9 +1,10 @@
 """Weight gradients of linear layers in 16 bits, added to the fp32 buffer by the matrix product itself.
 
-Autograd makes the gradient of a bf16 weight in bf16, rounded, and adds it to the buffer in a second pass over both. A
-matrix product can add its fp32 result to an fp32 matrix in place: half the traffic, and one rounding less. For the time
-of a window the `nn.Linear` layers of a model get a forward whose backward does so. What it cannot do is left to
-autograd, layer by layer and backward by backward, and adds up with it in the same view.
+Autograd makes the gradient of a bf16 weight, or of the bf16 copy that autocast makes of it, in bf16, rounded, and adds
+it to the buffer in further passes over both. A matrix product can add its fp32 result to an fp32 matrix in place: less
+than half the traffic, and one rounding less. For the time of a window the `nn.Linear` layers of a model get a forward
+whose backward does so. What it cannot do is left to autograd, layer by layer and backward by backward, and adds up with
+it in the same view.
 
 Source: `torch.addmm(..., out_dtype=torch.float32)`, https://docs.pytorch.org/docs/stable/generated/torch.addmm.html
 """
@@ -31,11 +32,11 @@ _CAST = (*_HALF, torch.float32)  # by autocast
 class FusedLinear:
     """The linear layers of a model, for whose weights a gradient buffer may be written to directly.
 
-    Fused are weights in bf16 or fp16 of plain `nn.Linear` layers of which the buffer has an fp32 view. Embeddings that
-    share such a weight add their part as ever. Left as they are: frozen weights, those with hooks, parametrized or
-    spread over ranks, layers with a forward of their own, and inputs of another dtype than the weight, as under
-    autocast to another dtype. A backward with `create_graph=True` and `torch.autograd.grad` work as ever, unless they
-    are part of what torch.compile compiles.
+    Fused are weights of plain `nn.Linear` layers of which the buffer has an fp32 view, where the layer computes in bf16
+    or fp16: in its weight's dtype, or in autocast's. Embeddings that share such a weight add their part as ever. Left
+    as they are: frozen weights, those with hooks, parametrized or spread over ranks, layers with a forward of their
+    own, and layers that compute in fp32. A backward with `create_graph=True` and `torch.autograd.grad` work as ever,
+    unless they are part of what torch.compile compiles.
 
     ```pycon
     >>> layer = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
@@ -100,7 +101,7 @@ def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]
             continue
         weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage] # a parametrized one is not there
         slot = slots.get(id(weight))
-        if slot is None or type(weight) is not nn.Parameter or weight.dtype not in _HALF:
+        if slot is None or type(weight) is not nn.Parameter or weight.dtype not in _CAST:
             continue
         if slot.view.dtype is torch.float32 and slot.view.is_contiguous():
             # A captured graph is to write to it, not to a copy.
@@ -125,12 +126,16 @@ def _forward(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tenso
     weight: Tensor = module.weight
     bias: Any = module.bias
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in _CAST:
-        x = x.to(torch.get_autocast_dtype(kind))
-    is_alike = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
-    if weight is not param or not is_alike or not torch.is_grad_enabled() or _is_transformed():
+    if weight is not param or not torch.is_grad_enabled() or _is_transformed():
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, view)  # pyright: ignore[reportReturnType]
+    if torch.is_autocast_enabled(kind) and x.dtype in _CAST:
+        dtype = torch.get_autocast_dtype(kind)
+        # Outside of the function, whose own backward then has a graph to them.
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype not in _HALF or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        return F.linear(x, weight, bias)
+    known = None if torch.compiler.is_compiling() else param  # what is compiled does not ask, and traces no `.grad`
+    return _Linear.apply(x, weight, bias, known, view)  # pyright: ignore[reportReturnType]
 
 
 def _is_transformed() -> bool:
@@ -140,23 +145,22 @@ def _is_transformed() -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, param: Tensor | None, view: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, view = inputs
+        x, weight, bias, param, view = inputs
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         ctx.view = view  # not among the saved: their versions are checked, and this one is there to be written to
-        if not torch.compiler.is_compiling():
-            ctx.param = weight  # the saved one may be an alias of it, under checkpointing
+        ctx.param = param  # not saved either: under checkpointing that may be an alias of it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad @ weight if needs_x else None
         grad_bias = grad_NO.sum(0) if ctx.has_bias and needs_bias else None
         if torch.compiler.is_compiling():
@@ -164,8 +168,8 @@ class _Linear(torch.autograd.Function):
         elif needs_weight and _is_wanted(ctx.param, ctx.view):
             _add_product(ctx.view, grad_NO, x_NI)
         else:
-            return grad_x, grad_NO.t() @ x_NI, grad_bias, None
-        return grad_x, None, grad_bias, None
+            return grad_x, grad_NO.t() @ x_NI, grad_bias, None, None
+        return grad_x, None, grad_bias, None, None
 
 
 def _is_wanted(param: Tensor, view: Tensor) -> bool:
