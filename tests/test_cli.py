@@ -76,6 +76,15 @@ def not_these_keys():
     return {"model": nn.Linear(3, 1), "loss": squares, "batch": torch.randn(5, 3)}
 
 
+def planned():
+    model = nn.Linear(3, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), squares, torch.randn(20, 3)
+
+
+def planned_in_bf16():
+    return dict(zip(("model", "optimizer", "loss_fn", "batch"), planned()), precision="bf16")
+
+
 def markup():
     raise RuntimeError("[bold]brackets[/bold] are shown as they are")
 
@@ -419,3 +428,21 @@ def test_command_in_a_process_of_its_own(folder: Path, options, returncode):
     assert ("Traceback (most recent call last)" in result.stderr) is bool(options)
     assert ("cases.py" in result.stderr) is bool(options)
     assert "[bold]brackets[/bold]" in result.stderr
+
+
+@pytest.mark.parametrize("case", ["planned", "planned_in_bf16"])
+def test_plan_of_a_model_shows_what_was_tried_and_chosen(command, tmp_path, case):
+    code, out, err = command("plan", f"cases:{case}", "--plot", str(tmp_path / "plan.png"))
+    assert (code, err) == (0, "")
+    assert "A macro-batch of 20 samples" in out
+    chosen = re.search(r"^micro_batch=(\d+)$", out, flags=re.MULTILINE)
+    assert chosen is not None
+    assert 1 <= int(chosen[1]) <= 20
+    row = next(line for line in out.splitlines() if "chosen:" in line)
+    assert row.split()[1] == chosen[1]
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_of_something_else_exits_with_2(command):
+    message = refused_in_one_message(command("plan", "cases:exact"))
+    assert message.endswith("expected (model, optimizer, loss_fn, batch). To fix it, return these four.\n")

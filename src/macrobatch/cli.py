@@ -18,6 +18,8 @@ from rich.table import Table
 
 from macrobatch import env
 from macrobatch.errors import ArgumentError, MacrobatchError
+from macrobatch.plan.split import Auto
+from macrobatch.train import TrainStep
 from macrobatch.verify import verify as verify_gradient
 
 __all__ = ["main"]
@@ -109,6 +111,13 @@ def launch(
 
 @app.command()
 def plan(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODULE:FUNCTION]",
+            help="Returns (model, optimizer, loss_fn, batch): find the size of its micro-batches out.",
+        ),
+    ] = None,
     world: Annotated[list[int] | None, typer.Option(min=1, help="Number of ranks; repeat it.")] = None,
     link: Annotated[
         list[str] | None,
@@ -123,12 +132,19 @@ def plan(
     policy: Annotated[
         str, typer.Option(help="replicas, or for shards keep-last, keep-each, reshard-last, reshard-each.")
     ] = "replicas",
-    plot: Annotated[Path | None, typer.Option(help="Draw efficiency over ranks into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what was found into this PNG.")] = None,
 ) -> None:
-    """Estimate a window's time and efficiency on any number of ranks, from the time of a micro-step on one.
+    """Find the fastest micro-batch that fits for your own model here, or estimate any number of ranks.
 
-    Without --step, it is that of GPT-2 (T 1024, bf16, captured) on an H200.
+    With MODULE:FUNCTION, a function without arguments: measures memory and time of a few sizes on this machine. It may
+    return a dict instead, with further arguments of TrainStep, such as precision or count, beside these four.
+
+    Without: estimates a window's time and efficiency, from the time of a micro-step on one rank. Without --step, it is
+    that of GPT-2 (T 1024, bf16, captured) on an H200.
     """
+    if target is not None:
+        _plan_for(_case(target, ("model", "optimizer", "loss_fn", "batch"), further=True), plot)
+        return
     from macrobatch.plan.command import ScalingOptions, draw_scaling, print_scaling
 
     options = ScalingOptions(
@@ -169,7 +185,26 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _case(target: str) -> dict[str, Any]:
+def _plan_for(case: dict[str, Any], plot: Path | None) -> None:
+    from macrobatch.plan.autosize import Autosize
+    from macrobatch.plan.picture import draw_survey, print_survey
+
+    batch = case.pop("batch")
+    step = TrainStep(**{"micro_batch": Auto(remembers=False), **case})
+    if not isinstance(step.split, Autosize):
+        raise ArgumentError("micro_batch", given=step.split, expected="an Auto, to be measured", fix="leave it out")
+    step.split.cut(batch)
+    survey = step.split.survey
+    assert survey is not None
+    print_survey(survey, Console())
+    if plot is not None:
+        draw_survey(survey, plot)
+
+
+def _case(
+    target: str, names: tuple[str, ...] = ("model", "loss_fn", "batch"), *, further: bool = False
+) -> dict[str, Any]:
+    """What a function of the user's returns, by name."""
     location, _, name = target.rpartition(":")
     try:
         function = getattr(_module(location), name)
@@ -188,14 +223,14 @@ def _case(target: str) -> dict[str, Any]:
             fix="write def case()",
         )
     case: Any = function()
-    names = ("model", "loss_fn", "batch")
     fields = case._asdict() if hasattr(case, "_asdict") else case
     if isinstance(fields, tuple) and len(fields) == len(names):
         return dict(zip(names, fields, strict=True))
-    if isinstance(fields, Mapping) and set(fields) == set(names):
+    if isinstance(fields, Mapping) and (set(fields) >= set(names) if further else set(fields) == set(names)):
         return dict(fields)
+    number = {3: "three", 4: "four"}[len(names)]
     raise ArgumentError(
-        target, given=f"a {type(case).__name__}", expected="(model, loss_fn, batch)", fix="return these three"
+        target, given=f"a {type(case).__name__}", expected=f"({', '.join(names)})", fix=f"return these {number}"
     )
 
 

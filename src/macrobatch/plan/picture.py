@@ -1,0 +1,91 @@
+"""What was found out about the size of micro-batches, as a table and as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from macrobatch.errors import MissingDependencyError
+from macrobatch.plan.survey import Survey, memory_line
+
+__all__ = ["draw_survey", "print_survey"]
+
+_BLUE, _ORANGE, _INK, _FAINT = "#0072b2", "#d55e00", "#222222", "#dddddd"
+
+
+def print_survey(survey: Survey, console: Console) -> None:
+    """A table: for each size that was tried, its peak of memory and its speed, and what was chosen for which reason."""
+    fixed, slope = memory_line(survey.trials)
+    limit = "unknown" if survey.limit_bytes is None else _megabytes(survey.limit_bytes)
+    table = Table(
+        title=f"A macro-batch of {survey.total:,} {survey.unit}",
+        caption=f"limit {limit} MB, with {_megabytes(survey.reserved_bytes)} MB kept for the optimizer's state; "
+        f"memory {fixed / 1e6:,.4g} MB + {slope / 1e3:,.4g} kB for each of the {survey.unit}",
+    )
+    for name in (survey.unit, "peak, MB", "micro-step, ms", f"{survey.unit}/s", "window, ms"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for trial in survey.trials:
+        is_over = trial.peak_bytes is None or trial.peak_bytes > (survey.limit_bytes or trial.peak_bytes)
+        remark = "over the limit" if is_over else f"chosen: {survey.reason}" if trial.size == survey.size else ""
+        times = ["", "", ""]
+        if trial.seconds:
+            num = -(-survey.total // trial.size)
+            times = [
+                f"{trial.seconds * 1e3:,.3g}",
+                f"{trial.size / trial.seconds:,.4g}",
+                f"{num * trial.seconds * 1e3:,.4g}",
+            ]
+        peak = "-" if trial.peak_bytes is None else _megabytes(trial.peak_bytes)
+        style = "bold green" if trial.size == survey.size else None
+        table.add_row(f"{trial.size:,}", peak, *times, remark, style=style)
+    console.print(table)
+    console.print(f"micro_batch={survey.size}", style="bold", highlight=False)
+
+
+def draw_survey(survey: Survey, path: Path) -> None:
+    """A picture of both curves over the size: peak of memory with its line and limit, and speed.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError(
+            "--plot",
+            given="no matplotlib",
+            expected="matplotlib, to draw",
+            fix='run: pip install "macrobatch[plot]", or leave --plot out',
+        )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    measured = [(trial.size, trial.peak_bytes / 1e6) for trial in survey.trials if trial.peak_bytes is not None]
+    fixed, slope = memory_line(survey.trials)
+    first, last = min(measured)[0], max(measured)[0]
+    along = [first * (last / first) ** (part / 200) for part in range(201)]  # straight, but on a logarithmic axis
+    label = f"{fixed / 1e6:,.4g} MB + {slope / 1e3:,.4g} kB each"
+    above.plot(along, [(fixed + slope * size) / 1e6 for size in along], color=_BLUE, linewidth=1.5, label=label)
+    above.plot(*zip(*measured, strict=True), "o", color=_BLUE, label="measured")
+    if survey.limit_bytes is not None and survey.limit_bytes < 4e6 * max(peak for _, peak in measured):
+        above.axhline(survey.limit_bytes / 1e6, color=_ORANGE, linestyle="--", label="limit")
+    above.set(ylabel="peak of memory, MB", ylim=(0, None))
+    timed = [(trial.size, trial.size / trial.seconds) for trial in survey.trials if trial.seconds]
+    below.plot(*zip(*timed, strict=True), "o-", color=_BLUE, label="measured")
+    below.set(xlabel=f"{survey.unit} in a micro-batch", ylabel=f"{survey.unit} per second", ylim=(0, None))
+    for axes in (above, below):
+        axes.axvline(survey.size, color=_INK, linewidth=1, linestyle=":", label=f"chosen: {survey.size:,}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+        axes.grid(color=_FAINT, linewidth=0.6)
+        axes.spines[["right", "top"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(f"A macro-batch of {survey.total:,} {survey.unit}: {survey.reason}", fontsize=10, color=_INK)
+    figure.savefig(path, dpi=150)
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:,.4g}"
