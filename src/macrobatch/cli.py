@@ -190,7 +190,8 @@ def _plan_for(case: dict[str, Any], plot: Path | None) -> None:
     from macrobatch.plan.picture import draw_survey, print_survey
 
     batch = case.pop("batch")
-    step = TrainStep(**{"micro_batch": Auto(remembers=False), **case})
+    case.setdefault("micro_batch", Auto(remembers=False))
+    step = TrainStep(**case)
     if not isinstance(step.split, Autosize):
         raise ArgumentError("micro_batch", given=step.split, expected="an Auto, to be measured", fix="leave it out")
     step.split.cut(batch)
