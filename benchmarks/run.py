@@ -275,7 +275,8 @@ def main() -> None:
     outcomes = [run(script, folder) for script in wanted if not options.only or script.name in options.only]
     rows = report(folder, kind=kind)
     path = folder / f"suite-{kind}.json"
-    path.write_text(json.dumps({"machine": machine(), "outcomes": outcomes, "rows": rows}, indent=1) + "\n")
+    measured_here = {"machine": machine(), "outcomes": outcomes} if outcomes else {}
+    path.write_text(json.dumps({**measured_here, "rows": rows}, indent=1) + "\n")
     print(f"\n{table(rows)}\n")
     for outcome in outcomes:
         print(f"{outcome['script']} {' '.join(outcome['arguments'])}: {outcome['outcome']} in {outcome['seconds']} s")
