@@ -102,7 +102,6 @@ def test_nested_launch_is_refused(ranks: Any):
     [
         ({"num_nodes": 2}, ArgumentError),
         ({"max_restarts": 3}, ArgumentError),
-        ({"nprocs": 2}, TypeError),
         ({"mixed_precision": "fp8"}, ArgumentError),
         ({"num_processes": 0}, ArgumentError),
         ({"num_processes": "2"}, ArgumentError),
