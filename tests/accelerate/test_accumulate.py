@@ -161,6 +161,16 @@ def test_accumulate_forgotten_steps_on_whole_gradients(package, gradient):
     assert run.seen == [(i, gradient) for i in range(3)]
 
 
+def test_constant_restores_the_original_s_numbers_of_accumulate_forgotten():
+    plugin = importlib.import_module(OURS).GradientAccumulationPlugin(num_steps=4, normalize="constant")
+    run = Recorder(accelerator(OURS, 1, gradient_accumulation_plugin=plugin), [-4.0] * 3)
+    for x in run.batches():
+        run.accelerator.backward(run.loss(x))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert run.seen == [(i, -1.0) for i in range(3)]
+
+
 @pytest.mark.parametrize("package", BOTH)
 def test_windows_accumulated_by_hand_undo_the_division_by_n(package):
     # The original's recipe for token means: losses over the window's tokens times N, and no `accumulate`.

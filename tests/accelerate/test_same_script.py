@@ -32,6 +32,8 @@ def train(package: str, options: dict[str, Any]) -> tuple[Tensor, list[float]]:
         plugin: dict[str, Any] = {"num_steps": options["num_steps"]}
         if package == OURS and options.get("constant"):
             plugin["normalize"] = "constant"
+        if package == OURS and options.get("narrow"):
+            plugin["widens"] = False
         accelerator = door.Accelerator(
             cpu=True,
             gradient_accumulation_plugin=door.utils.GradientAccumulationPlugin(**plugin),
@@ -39,7 +41,8 @@ def train(package: str, options: dict[str, Any]) -> tuple[Tensor, list[float]]:
             kwargs_handlers=[door.DistributedDataParallelKwargs(**options["ddp"])] if "ddp" in options else None,
         )
         assert accelerator.num_processes == (dist.get_world_size() if dist.is_initialized() else 1)
-        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        dtype = options.get("dtype", torch.float32)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
         optimizer = OPTIMIZERS[options["optimizer"]](model.parameters())
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         data = TensorDataset(torch.randn(options["num_samples"], 6), torch.randint(0, 3, (options["num_samples"],)))
@@ -49,7 +52,7 @@ def train(package: str, options: dict[str, Any]) -> tuple[Tensor, list[float]]:
         for _ in range(2):
             for x, y in loader:
                 with accelerator.accumulate(model):
-                    loss = F.cross_entropy(model(x), y)
+                    loss = F.cross_entropy(model(x.to(dtype)).float(), y)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and options.get("clip"):
                         norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.1)))
@@ -65,6 +68,7 @@ CASES = {
     "shuffled": {"num_samples": 64, "num_steps": 4, "shuffle": True},
     "one": {"num_samples": 64, "num_steps": 1},
     "bf16": {"num_samples": 64, "num_steps": 4, "precision": "bf16"},
+    "bf16 parameters": {"num_samples": 64, "num_steps": 4, "dtype": torch.bfloat16, "narrow": True},
     "short windows, constant": {"num_samples": 72, "num_steps": 4, "constant": True},
     "ragged batches, constant": {"num_samples": 70, "num_steps": 4, "constant": True},
     "shuffled, short, bf16, constant": {

@@ -79,6 +79,11 @@ class GradientState:
         return getattr(self._of_owner()._plugin, "normalize", "exact")
 
     @property
+    def widens(self) -> bool:
+        """Whether gradients of 16-bit parameters are summed in float32."""
+        return bool(getattr(self._of_owner()._plugin, "widens", True))
+
+    @property
     def sync_with_dataloader(self) -> bool:
         """Whether the end of a loader ends a window."""
         return bool(getattr(self._of_owner()._plugin, "sync_with_dataloader", True))

@@ -63,7 +63,7 @@ class FedWindow(Accumulation):
         self._kept: list[tuple[Tensor, Tensor]] = []
         super().__init__(
             model,
-            GradientBuffer(self.parameters, header=sync.header, widens=sync.widens),
+            GradientBuffer(self.parameters, header=sync.header, widens=sync.widens and state.widens),
             optimizers=lambda: self.optimizers,
             window=Window(state.num_steps),
             policy=self._normalize,

@@ -248,11 +248,8 @@ class GradientAccumulationPlugin(KwargsHandler):
         sync_with_dataloader: the end of a loader ends a window.
         sync_each_batch: with sharded models, reduce gradients in every micro-batch, to hold less of them.
         normalize: "exact" divides by what the window has seen, "uniform" takes the mean of the micro-batches' means,
-            "constant" their sum over `num_steps`, as the original does. By default the environment's
-            MACROBATCH_NORMALIZE, or "exact".
-
-    Raises:
-        ArgumentError: one of them is out of its domain.
+            "constant" their sum over `num_steps`, as the original does. Default: MACROBATCH_NORMALIZE, or "exact".
+        widens: sum gradients of 16-bit parameters in float32; False does it in 16 bits, as the original does.
     """
 
     def __init__(
@@ -262,6 +259,7 @@ class GradientAccumulationPlugin(KwargsHandler):
         sync_with_dataloader: bool = True,
         sync_each_batch: bool = False,
         normalize: str = _UNSET,
+        widens: bool = True,
     ) -> None:
         if num_steps is not _UNSET and (type(num_steps) is not int or num_steps < 1):
             raise ArgumentError(
@@ -275,6 +273,7 @@ class GradientAccumulationPlugin(KwargsHandler):
         self.sync_with_dataloader = sync_with_dataloader
         self.sync_each_batch = sync_each_batch
         self.normalize = chosen
+        self.widens = widens
         self._is_adjust_given = adjust_scheduler is not _UNSET
 
     def to_dict(self) -> dict[str, Any]:
