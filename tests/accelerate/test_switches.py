@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     yield
+    reset()
+
+
+def reset() -> None:
     for package in (ORIGINAL, OURS):
         state = importlib.import_module(f"{package}.state")
         for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
@@ -100,3 +105,31 @@ def test_a_second_accelerator_may_overwrite_the_first_one_s_steps():
     switched.accelerator.gradient_accumulation_steps = 2
     train(switched)
     assert switched.seen == original.seen
+
+
+def test_a_loader_prepared_after_loading_has_another_order(tmp_path: Path):
+    def train(package: str, late: bool) -> tuple[list[int], list[int]]:
+        seen: list[list[int]] = []
+        torch.manual_seed(1)
+        for is_second in (False, True):
+            training = Training(package)
+            accelerator = training.accelerator
+            loader: Any = DataLoader(torch.arange(12.0).view(12, 1), batch_size=2, shuffle=True)
+            if not (late and is_second):
+                loader = accelerator.prepare(loader)
+            if is_second:
+                accelerator.load_state(str(tmp_path / package))
+                loader = accelerator.skip_first_batches(accelerator.prepare(loader), 3)
+            seen.append([])
+            for index, batch in enumerate(loader):
+                seen[-1] += [int(x) for x in batch.flatten()]
+                if not is_second and index == 2:
+                    accelerator.save_state(str(tmp_path / package))
+                    break
+            reset()
+        return seen[0], seen[1]
+
+    original, switched, ours = train(ORIGINAL, False), train(OURS, True), train(OURS, False)
+    assert original == switched
+    assert sorted(original[0] + original[1]) != list(range(12))
+    assert sorted(ours[0] + ours[1]) == list(range(12))
