@@ -19,6 +19,8 @@ def run(script: str, *arguments: str, num_ranks: int = 1) -> str:
     if num_ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if script.endswith("_accelerate.py"):  # without it, the original runs as many jobs of one rank
+        environment["ACCELERATE_USE_CPU"] = "1"
     done = subprocess.run(
         [*launcher, str(EXAMPLES / script), *arguments],
         capture_output=True,
@@ -45,6 +47,15 @@ def test_guide(script):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
+def test_guide_to_token_means(num_ranks):
+    scripts = ["guide_tokens_plain.py", "guide_tokens_accelerate.py", "guide_tokens_macrobatch.py"]
+    outputs = [run(script, num_ranks=num_ranks) for script in scripts[num_ranks - 1 :]]  # plain is for one process
+    assert set(outputs) == {outputs[-1]}
+    first, last = map(float, re.findall(r"loss per token (\d\.\d{4})", outputs[-1]))
+    assert last < 0.95 * first
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_causal_lm_learns(num_ranks):
     losses = [
         float(x) for x in re.findall(r"loss (\d+\.\d+)", run("causal_lm.py", "--updates", "8", num_ranks=num_ranks))
@@ -67,12 +78,16 @@ def test_contrastive_pair_learns_and_keeps_replicas_equal(num_ranks):
     assert "replicas are equal: True" in output
 
 
-def test_image_classifier_resumes_in_a_window_to_the_bit(tmp_path):
-    whole = run("image_classifier.py", "--project", str(tmp_path / "whole"), "--epochs", "1")
-    stopped = run("image_classifier.py", "--project", str(tmp_path / "parts"), "--epochs", "1", "--stop_after", "18")
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_image_classifier_resumes_in_a_window_to_the_bit(tmp_path, num_ranks):
+    def train(folder: str, *options: str) -> str:
+        arguments = ("--project", str(tmp_path / folder), "--epochs", "1", *options)
+        return run("image_classifier.py", *arguments, num_ranks=num_ranks)
+
+    whole = train("whole")
+    stopped = train("parts", "--stop_after", "18")
     assert "stopped in epoch 0 after 18 micro-batches" in stopped  # 2 of 4 into the fifth window
-    resumed = run("image_classifier.py", "--project", str(tmp_path / "parts"), "--epochs", "1", "--resume")
-    assert resumed == whole
+    assert train("parts", "--resume") == whole
 
 
 def test_every_script_is_run_here():
