@@ -129,7 +129,7 @@ class FedWindow(Accumulation):
         self._is_by_hand = False
         if is_by_hand and self.optimizers and self.state.num_steps > 1:
             self._adds_up_by_hand = self._adds_up_by_hand or num_backwards > 1
-            if not self._adds_up_by_hand:
+            if not self._adds_up_by_hand and self.state.normalize != "constant":
                 warnings.warn(_FORGOTTEN.format(self.state.num_steps), stacklevel=4)
                 self.gradients.scale_(float(self.state.num_steps))
         for param, gradient in self._kept:
