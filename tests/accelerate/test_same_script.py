@@ -108,6 +108,12 @@ def test_short_windows_differ_without_the_switch():
     assert not torch.allclose(theirs, ours, atol=1e-4)
 
 
+def test_sums_of_16_bits_differ_without_the_switch():
+    options = {"num_samples": 64, "num_steps": 8, "optimizer": "sgd", "dtype": torch.bfloat16}
+    theirs, ours = (train(package, options)[0] for package in BOTH)
+    assert not torch.equal(theirs, ours)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_windows_that_are_no_power_of_two_are_the_same_but_for_roundings(ranks: Any, optimizer: str, num_ranks: int):
