@@ -47,7 +47,7 @@ def replicas(results: Path) -> list[Point]:
     alone = {
         size: TOKENS / row["rate"][1]
         for (name, size), row in rows(results, "doors-cuda").items()
-        if name.startswith("TrainStep, compile")
+        if name.startswith("TrainStep, compile") and "fused" not in name
     }
     step = StepTime.fit([*alone], [window_s * size / 64 for size, window_s in alone.items()])
     job = Training(
