@@ -126,7 +126,7 @@ def test_windows_that_are_no_power_of_two_are_the_same_but_for_roundings(ranks: 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("case", OVER_RANKS)
+@pytest.mark.parametrize("case", [case for case in OVER_RANKS if case != "bf16 parameters"])
 def test_same_weights_on_two_ranks(ranks: Any, case: str, optimizer: str):
     options = {**OVER_RANKS[case], "optimizer": optimizer}
     theirs, ours = ([weights for weights, _ in ranks(2).run(train, package, options)] for package in BOTH)

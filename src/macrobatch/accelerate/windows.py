@@ -63,7 +63,9 @@ class FedWindow(Accumulation):
         self._kept: list[tuple[Tensor, Tensor]] = []
         super().__init__(
             model,
-            GradientBuffer(self.parameters, header=sync.header, widens=sync.widens and state.widens),
+            GradientBuffer(
+                self.parameters, header=sync.header, widens=sync.widens and (state.widens or sync.has_peers)
+            ),
             optimizers=lambda: self.optimizers,
             window=Window(state.num_steps),
             policy=self._normalize,

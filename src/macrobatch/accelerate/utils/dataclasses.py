@@ -249,7 +249,7 @@ class GradientAccumulationPlugin(KwargsHandler):
         sync_each_batch: with sharded models, reduce gradients in every micro-batch, to hold less of them.
         normalize: "exact" divides by what the window has seen, "uniform" takes the mean of the micro-batches' means,
             "constant" their sum over `num_steps`, as the original does. Default: MACROBATCH_NORMALIZE, or "exact".
-        widens: sum gradients of 16-bit parameters in float32; False does it in 16 bits, as the original does.
+        widens: sum gradients of 16-bit parameters in float32; False does it in 16 bits, in one process.
     """
 
     def __init__(
