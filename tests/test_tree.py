@@ -501,6 +501,20 @@ def test_to_device_where_it_is_already_is_the_identity():
     assert tree.to_device(batch, torch.device("meta")) is batch
 
 
+def test_spread_out_gives_each_element_a_place_and_keeps_what_has_one():
+    """Memory cannot be pinned otherwise: position ids are often one row, expanded."""
+    expanded = torch.arange(3).expand(4, -1)
+    whole = tree.spread_out(expanded)
+    assert whole.is_contiguous()
+    assert torch.equal(whole, expanded)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        expanded.copy_(whole)  # the control
+    whole.copy_(expanded)
+    channels_last = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for tensor in (channels_last, torch.tensor(1.0), torch.rand(3).expand(1, 3), torch.rand(3, 4).t()):
+        assert tree.spread_out(tensor) is tensor
+
+
 def test_to_device_moves_the_rest_of_a_mixed_batch():
     there = torch.ones(2, device="meta")
     moved = tree.to_device({"x": there, "y": torch.ones(2)}, torch.device("meta"))

@@ -26,8 +26,10 @@ __all__ = [
     "leaves",
     "map_tensors",
     "num_rows",
+    "pinned",
     "select",
     "split",
+    "spread_out",
     "structure",
     "to_device",
 ]
@@ -168,10 +170,21 @@ def to_device(batch: T, device: torch.device) -> T:
 
     def move(tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu" and device.type == "cuda":
-            tensor = tensor.pin_memory()
+            tensor = pinned(tensor)
         return tensor.to(device, non_blocking=True)
 
     return map_tensors(move, batch)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the host in pinned memory; an expanded one, whose elements share places there, as a whole one."""
+    return spread_out(tensor).pin_memory()
+
+
+def spread_out(tensor: Tensor) -> Tensor:
+    """The tensor with a place for each element; itself if it has not been expanded."""
+    is_expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.contiguous() if is_expanded else tensor
 
 
 def _is_plain(value: Any) -> bool:

@@ -32,6 +32,18 @@ def test_micro_batches_arrive_whole_on_a_busy_device(pins):
     assert [float(each) / 2**22 for each in sums] == list(range(6))
 
 
+@pytest.mark.parametrize("capture", [None, "graph"])
+def test_an_expanded_tensor_arrives_whole(capture):
+    model = nn.Linear(4, 1, bias=False, device="cuda")
+    batch = torch.arange(4.0).expand(8, -1)
+    step = mb.TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, x: m(x).mean(), micro_batch=2, capture=capture
+    )
+    for _ in range(2):
+        step(batch)
+    assert torch.equal(model.weight.grad.cpu(), torch.arange(4.0)[None])
+
+
 def test_the_copy_of_the_next_one_is_done_while_the_first_still_runs():
     model = nn.Linear(1, 1, bias=False, device="cuda")
     host = [torch.full((2**20, 1), float(index)).pin_memory() for index in range(2)]

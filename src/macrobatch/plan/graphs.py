@@ -259,7 +259,7 @@ class _Bucket:
         if not tensors:
             return
         if self.inputs[0].is_cuda and not all(tensor.is_cuda for tensor in tensors):
-            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+            tensors = [tensor if tensor.is_cuda else tree.pinned(tensor) for tensor in tensors]
         torch._foreach_copy_(self.inputs, tensors, non_blocking=True)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
