@@ -86,6 +86,7 @@ def test_launch_beside_an_accelerator_is_refused():
 
 
 def launch_within() -> str:
+    AcceleratorState._reset_state(True)  # of what ran on these ranks before
     try:
         notebook_launcher(fail, num_processes=2)
     except ArgumentError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -80,7 +80,9 @@ def mean_square(model: Any, x: Tensor) -> Tensor:
     return model(x).square().mean()
 
 
+@cache
 def mesh_of(kind: str) -> DeviceMesh:
+    """One for all jobs of a rank: each group of gloo's has threads, which wake up a hundred times a second."""
     if kind == "hybrid":
         return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
     return init_device_mesh("cpu", (dist.get_world_size(),))
