@@ -277,12 +277,16 @@ def measure(work: Work, device: torch.device, options: argparse.Namespace) -> It
 def fp64_gradient(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], parts: list[Any]
 ) -> dict[str, Tensor | None]:
-    """The mean gradient of equal micro-batches in float64, by plain PyTorch."""
+    """The mean gradient of equal micro-batches in float64, by plain PyTorch, a few samples at a time."""
     model = copy.deepcopy(model).double()
     for part in parts:
         tensors = part if isinstance(part, tuple) else (part,)
-        wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors)
-        (loss_fn(model, wide if isinstance(part, tuple) else wide[0]) / len(parts)).backward()
+        num = len(tensors[0])
+        has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        for few in zip(*(tensor.split(num if has_statistics else 4) for tensor in tensors), strict=True):
+            wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in few)
+            loss = loss_fn(model, wide if isinstance(part, tuple) else wide[0])
+            (loss * (len(few[0]) / num / len(parts))).backward()
     return {name: param.grad for name, param in model.named_parameters()}
 
 
