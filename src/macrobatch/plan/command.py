@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from macrobatch.errors import ArgumentError, MissingDependencyError
+from macrobatch.errors import ArgumentError
 from macrobatch.plan.cost import LINKS, Link, StepTime, Training
+from macrobatch.plan.picture import new_figure
 from macrobatch.sync import Policy
 
 __all__ = ["POLICIES", "ScalingOptions", "draw_scaling", "print_scaling"]
@@ -116,19 +116,10 @@ def draw_scaling(options: ScalingOptions, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            "--plot",
-            given="no matplotlib",
-            expected="matplotlib, to draw",
-            fix='run: pip install "macrobatch[plot]", or leave --plot out',
-        )
-    from matplotlib.figure import Figure
-
     training, links = options.training(), options.links()
     most = max(*options.world, 2)
     worlds = [*itertools.takewhile(lambda world: world < most, (2**power for power in range(64))), most]
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+    figure = new_figure(4.4)
     figure.suptitle(_subject(options, training), fontsize=10, color=_INK)
     axes: Any = figure.subplots()
     for (name, link), color, style in zip(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.table import Table
 from macrobatch.errors import MissingDependencyError
 from macrobatch.plan.survey import Survey, memory_line
 
-__all__ = ["draw_survey", "print_survey"]
+__all__ = ["draw_survey", "new_figure", "print_survey"]
 
 _BLUE, _ORANGE, _INK, _FAINT = "#0072b2", "#d55e00", "#222222", "#dddddd"
 
@@ -46,8 +47,8 @@ def print_survey(survey: Survey, console: Console) -> None:
     console.print(f"micro_batch={survey.size}", style="bold", highlight=False)
 
 
-def draw_survey(survey: Survey, path: Path) -> None:
-    """A picture of both curves over the size: peak of memory with its line and limit, and speed.
+def new_figure(height: float) -> Any:
+    """A matplotlib figure of one width, and a height in inches.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -61,7 +62,16 @@ def draw_survey(survey: Survey, path: Path) -> None:
         )
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.6, 5.6), layout="constrained")
+    return Figure(figsize=(7.6, height), layout="constrained")
+
+
+def draw_survey(survey: Survey, path: Path) -> None:
+    """A picture of both curves over the size: peak of memory with its line and limit, and speed.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figure = new_figure(5.6)
     above, below = figure.subplots(2, 1, sharex=True)
     measured = [(trial.size, trial.peak_bytes / 1e6) for trial in survey.trials if trial.peak_bytes is not None]
     fixed, slope = memory_line(survey.trials)
