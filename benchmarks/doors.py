@@ -138,6 +138,7 @@ def contenders(work: Work) -> Iterator[Contender]:
     yield Contender("macrobatch, accelerate door, captured", given, partial(accelerate, work, given, ours, captured))
     for capture in ("graph", "compile"):
         yield Contender(f"TrainStep, {capture}", given, partial(train_step, work, given, capture))
+    yield Contender("hand loop, CUDA graph", given, partial(hand_graph, work, given))
     is_16_bit = work.precision == "bf16"
     if is_16_bit:
         yield Contender("TrainStep, compile, fused", given, partial(train_step, work, given, "compile", fused=True))
@@ -179,6 +180,44 @@ def hand(work: Work, size: int, model: nn.Module, device: torch.device, *, is_co
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return run, optimizer
+
+
+def hand_graph(work: Work, size: int, model: nn.Module, device: torch.device) -> Made:
+    """The micro-step as one CUDA graph that adds to gradients which stay where they are."""
+    optimizer = adamw(model)
+    params = list(model.parameters())
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    static = work.batch(size, device)
+    num_parts = torch.ones((), device=device)
+
+    def micro_step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=work.precision == "bf16", cache_enabled=False):
+            loss = loss_of(model, static) / num_parts
+        loss.backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            micro_step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        micro_step()
+    optimizer.zero_grad(set_to_none=False)
+
+    def run(batch: Batch) -> None:
+        parts = cut(batch, size)
+        num_parts.fill_(len(parts))
+        for part in parts:
+            for kept, given in zip(static, part, strict=True):
+                kept.copy_(given)
+            graph.replay()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
 
     return run, optimizer
 
