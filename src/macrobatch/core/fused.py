@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, increment_version
+from torch.utils.hooks import RemovableHandle
 
 from macrobatch.core.gradients import GradientBuffer, Slot
 
@@ -54,22 +55,19 @@ class FusedLinear:
         self._model = model
         self._layout: list[Slot] = []
         self._layers: list[_Layer] = []
+        self._nodes: list[Any] = []
+        """What adds to the weights' gradients: held, since autograd does not, with a hook on each."""
+        self._hooks: list[RemovableHandle] = []
 
     @contextmanager
     def into(self, gradients: GradientBuffer) -> Generator[None]:
         """For the time of this context, which is all of a window's forwards and backwards, write to this buffer."""
         if self._layout is not gradients.slots:
-            self._layers = list(_layers_of(self._model, gradients))
+            self._watch(list(_layers_of(self._model, gradients)))
             self._layout = gradients.slots
         for slot in gradients.slots:
             _add_as_it_comes(slot)
         layers = [layer for layer in self._layers if layer.is_free()]
-        nodes = [get_gradient_edge(layer.slot.param).node for layer in layers]  # held: autograd does not
-        handles = [
-            # A captured backward writes without moving the version counter, which says that a parameter was used.
-            node.register_hook(partial(_used, layer.slot.view))
-            for node, layer in zip(nodes, layers, strict=True)
-        ]
         for layer in layers:
             layer.module.__dict__["forward"] = layer.forward
         try:
@@ -77,8 +75,16 @@ class FusedLinear:
         finally:
             for layer in layers:
                 layer.module.__dict__.pop("forward", None)
-            for handle in handles:
-                handle.remove()
+
+    def _watch(self, layers: list[_Layer]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._layers = layers
+        self._nodes = [get_gradient_edge(layer.slot.param).node for layer in layers]
+        # A captured backward writes without moving the version counter, which says that a parameter was used.
+        self._hooks = [
+            node.register_hook(partial(_used, layer.slot.view)) for node, layer in zip(self._nodes, layers, strict=True)
+        ]
 
 
 class _Layer(NamedTuple):

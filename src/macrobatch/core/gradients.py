@@ -106,7 +106,7 @@ class GradientBuffer:
         self.shards = shards_of
         """From a parameter, the groups over which it is cut into pieces; a sync may know better than its type tells."""
         self._ids: list[int] = []
-        self._accepts: dict[tuple[Any, ...], bool] = {}
+        self._accepts: dict[tuple[Any, ...], dict[tuple[torch.dtype, torch.device], bool]] = {}
         self.slots: list[Slot] = []
         """The parameters' places, in the order in which they were given."""
         self.flats: list[Flat] = []
@@ -285,23 +285,28 @@ class GradientBuffer:
         wider = {id(slot.param): slot for slot in self.slots if slot.param.dtype != slot.view.dtype}
         if not wider:
             return []
-        return [
-            wider[id(param)]
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if id(param) in wider and not self._takes(optimizer, group, wider[id(param)])
-        ]
+        cast: list[Slot] = []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                takes = self._takes(optimizer, group)
+                cast += [wider[id(p)] for p in group["params"] if id(p) in wider and not takes(wider[id(p)])]
+        return cast
 
-    def _takes(self, optimizer: Optimizer, group: dict[str, Any], slot: Slot) -> bool:
+    def _takes(self, optimizer: Optimizer, group: dict[str, Any]) -> Callable[[Slot], bool]:
+        """Whether an optimizer takes the wider gradients of a group's parameters."""
         options = {name: value for name, value in group.items() if name != "params"}
         switches = tuple(
             (name, bool(value)) for name, value in options.items() if isinstance(value, bool | int | float)
         )
-        key = (type(optimizer), switches, slot.param.dtype, slot.local.device)
-        if key not in self._accepts:
-            self._accepts[key] = accepts_wider(type(optimizer), options, slot.param, slot.local)
-        return self._accepts[key]
+        known = self._accepts.setdefault((type(optimizer), switches), {})
+
+        def takes(slot: Slot) -> bool:
+            key = (slot.param.dtype, slot.local.device)
+            if key not in known:
+                known[key] = accepts_wider(type(optimizer), options, slot.param, slot.local)
+            return known[key]
+
+        return takes
 
 
 def _norm(flat: Flat, order: float, dtype: torch.dtype | None) -> Tensor:

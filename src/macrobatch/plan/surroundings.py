@@ -18,7 +18,6 @@ from macrobatch.core.gradients import GradientBuffer
 __all__ = ["Form", "Surroundings", "Unfit", "form_of"]
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Unfit(Exception):
@@ -86,12 +85,14 @@ class Surroundings(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module, gradients: GradientBuffer, device: torch.device) -> Surroundings:
         """Those of a model whose gradients are in their places."""
-        modules = list(model.modules())
-        params = list({id(p): p for p in (*model.parameters(), *(slot.param for slot in gradients.slots))}.values())
+        modules = _modules_of(model)
+        own = [param for module in modules for param in module._parameters.values() if param is not None]  # pyright: ignore[reportPrivateUsage]
+        params = list({id(param): param for param in (*own, *(slot.param for slot in gradients.slots))}.values())
         obstacle = _obstacle(modules, params)
         places = None
         if obstacle is None:
-            tensors = [*params, *model.buffers(), *(flat.storage for flat in gradients.flats)]
+            buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]  # pyright: ignore[reportPrivateUsage]
+            tensors = [*params, *buffers, *(flat.storage for flat in gradients.flats)]
             places = tuple((id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors)
         mode = (
             tuple(module.training for module in modules),
@@ -106,11 +107,29 @@ class Surroundings(NamedTuple):
         return cls(places, (tuple(map(id, modules)), mode), obstacle)
 
 
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """All of its modules, each once: `model.modules()`, at a fraction of its time, which every window has to take."""
+    found: dict[int, nn.Module] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in module._modules.values() if child is not None]  # pyright: ignore[reportPrivateUsage]
+    return list(found.values())
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _obstacle(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | None:
     for module in modules:
         if isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
             return f"{type(module).__name__} synchronises ranks in its own forward and backward"
-        if any(getattr(module, name) for name in _HOOKS):
+        if _has_hooks(module):
             return f"a {type(module).__name__} has hooks, which a replay would not call"
     if torch_module._has_any_global_hook():  # pyright: ignore[reportPrivateUsage]
         return "there are hooks on all modules, which a replay would not call"
