@@ -210,10 +210,14 @@ def _policy_note(sync: ShardedSync) -> Row:
     return {"policy": next(name for name, policy in POLICIES.items() if policy == sync.policy)}
 
 
-def sharded(job: Job, *, keep: bool = False) -> nn.Module:
-    """Cut as torchtitan does and with its default: all units but the last are resharded after the forward."""
+def sharded(job: Job, *, keep: bool = False, compiled: bool = False) -> nn.Module:
+    """Cut as torchtitan does and with its default: all units but the last are resharded after the forward. As there,
+    blocks are `compiled` before they are sharded."""
     model = job.model()
     assert isinstance(model, GPT)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
     shard = partial(
         fully_shard, mesh=init_device_mesh(job.device.type, (dist.get_world_size(),)), mp_policy=SHARDED_PRECISION
     )
@@ -225,9 +229,9 @@ def sharded(job: Job, *, keep: bool = False) -> nn.Module:
     return model
 
 
-def fsdp(job: Job, num_rows: int, policy: Policy) -> Running:
+def fsdp(job: Job, num_rows: int, policy: Policy, *, compiled: bool = False) -> Running:
     """FSDP2 by hand. Gathering and reducing in each micro-batch is torchtitan's policy."""
-    model: Any = sharded(job, keep=policy.keep_parameters)
+    model: Any = sharded(job, keep=policy.keep_parameters, compiled=compiled)
     optimizer = adamw(model)
     micro_batches = job.micro_batches(num_rows)
 

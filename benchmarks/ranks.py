@@ -6,7 +6,8 @@
     python benchmarks/ranks.py gpt124                                  # starts torchrun itself
 
 All contenders get the same model, data, window, precision and optimizer (fused AdamW). `gpt124` and `fsdp1b` measure
-one after the other, memory included; `mlp` all in turns. GiB are 2^30 bytes.
+one after the other, memory included, and with `--turns` all of them several times over, built anew; `mlp` all in turns.
+GiB are 2^30 bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,19 @@ from contenders import POLICIES, SHARDED_PRECISION, Job, accelerate, ddp, fsdp, 
 from harness import Panels, Row, grid, paired, save
 from models import LENGTH, VOCABULARY, gpt_1b, gpt_124m, gpt_tiny, mlp_tiny
 from torch.nn.parallel import DistributedDataParallel
-from windows import GIB, TIMED, WARMUP, Contender, Noted, attempt, exact_slice, gradients_noted, over_ranks, slice_error
+from windows import (
+    GIB,
+    TIMED,
+    WARMUP,
+    Contender,
+    Noted,
+    attempt,
+    exact_slice,
+    gradients_noted,
+    over_ranks,
+    slice_error,
+    together,
+)
 
 from macrobatch import tree
 from macrobatch.sync import ReplicatedSync, ShardedSync, WrappedSync
@@ -69,6 +82,9 @@ def fsdp1b(job: Job) -> Iterator[Contender]:
         )
         for name in ("reshard, reduce last", "keep, reduce last"):
             yield Contender(f"FSDP2 by hand, {name}", num_rows, partial(fsdp, job, num_rows, POLICIES[name]))
+        policy = POLICIES["keep, reduce last"]
+        compiled = partial(fsdp, job, num_rows, policy, compiled=True)
+        yield Contender("FSDP2 by hand, keep, reduce last, compiled blocks", num_rows, compiled)
         if job.device.type == "cuda":  # on CPU, Accelerate ignores its plugin
             yield Contender("Accelerate, FSDP2", num_rows, partial(accelerate, job, num_rows, is_sharded=True))
         ours = partial(macrobatch, job, num_rows, make_model=partial(sharded, job))
@@ -76,6 +92,10 @@ def fsdp1b(job: Job) -> Iterator[Contender]:
             sync = partial(ShardedSync, policy=policy)
             yield Contender(f"macrobatch, {name}", num_rows, partial(ours, make_sync=sync))
         yield Contender("macrobatch, chosen", num_rows, partial(ours, make_sync=ShardedSync))
+        compiled = partial(sharded, job, compiled=True)
+        yield Contender(
+            "macrobatch, chosen, compiled blocks", num_rows, partial(ours, make_sync=ShardedSync, make_model=compiled)
+        )
         for limit_gib in job.options.limits or _limits_gib(job, num_rows):
             sync = partial(ShardedSync, memory_limit_bytes=int(limit_gib * GIB))
             yield Contender(f"macrobatch, chosen for {limit_gib:.3f} GiB", num_rows, partial(ours, make_sync=sync))
@@ -151,15 +171,24 @@ def compare_one_by_one(job: Job, contenders: Iterator[Contender]) -> None:
     """Each alone, so that its memory is its own; what is found is said and stored at once."""
     began_s = time.monotonic()
     exact = exact_slice(job.model(), job.loss, job.micro_batches(1), job.device)
-    for contender in contenders:
+    turns: dict[tuple[str, int], list[Row]] = {}
+    for contender in in_turns(job, contenders):
         (elapsed_s,) = over_ranks([time.monotonic() - began_s], job.device)
         if elapsed_s > job.options.seconds:
             row: Row = {"name": contender.name, "micro_batch": contender.num_rows, "error": "not run: out of time"}
         else:
             reference = next((row["grad_norms"][0] for row in job.rows if "error" not in row), None)
             row = attempt(contender, device=job.device, num_units=job.num_units, reference=reference, exact=exact)
-        job.rows.append(row)
         say("  ".join(cells(job, row)))
+        if "error" not in row:
+            measured = turns.setdefault((contender.name, contender.num_rows), [])
+            measured.append(row)
+            row = together(measured, job.num_units)
+        known = [other for other in job.rows if (other["name"], other["micro_batch"]) == contender[:2]]
+        if not known:
+            job.rows.append(row)
+        elif "error" not in row:
+            job.rows[job.rows.index(known[0])] = row
         done = {f"{row['name']} ({row['micro_batch']})": row for row in by_size(job) if "error" not in row}
         panels = {f"thousand {job.unit}/s": {n: tuple(x / 1e3 for x in row["per_s"]) for n, row in done.items()}}
         if job.device.type == "cuda":
@@ -180,6 +209,16 @@ def compare_one_by_one(job: Job, contenders: Iterator[Contender]) -> None:
     for row in job.rows:
         if "chosen" in row["name"] and "error" not in row:
             say(verdict(job, row))
+
+
+def in_turns(job: Job, contenders: Iterator[Contender]) -> Iterator[Contender]:
+    """The contenders, as often as was asked for; what they are may depend on what was found of earlier ones."""
+    known: list[Contender] = []
+    for contender in contenders:
+        known.append(contender)
+        yield contender
+    for _ in range(job.options.turns - 1):
+        yield from known
 
 
 def spread(quartiles: Sequence[float], digits: int) -> str:
@@ -332,6 +371,7 @@ def parsed_options() -> argparse.Namespace:
     )
     parser.add_argument("--limits", type=float, nargs="+", metavar="GIB", help="fsdp1b: memory limits to choose for")
     parser.add_argument("--seconds", type=float, default=200, help="start no further contender after these")
+    parser.add_argument("--turns", type=int, default=1, help="gpt124, fsdp1b: how often to measure every contender")
     parser.add_argument("--rounds", type=int, default=200, help="mlp: turns")
     parser.add_argument("--profile", action="store_true", help="mlp: print a profile of TrainStep instead")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture instead of benchmarks/results")

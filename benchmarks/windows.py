@@ -36,10 +36,13 @@ __all__ = [
     "exact_slice",
     "gradients_noted",
     "over_ranks",
+    "rates",
     "slice_error",
+    "together",
 ]
 
 GIB = 2**30
+_WORST = ("off", "fp64_error")
 Slice = Mapping[int, Tensor]
 """Gradients in float64 of some parameters, by their place among all."""
 
@@ -56,8 +59,8 @@ class Extent(NamedTuple):
         return min(max(round(self.seconds / each_s), self.least), self.most)
 
 
-WARMUP = Extent(0.5, 1, 10)  # after the first window, in which most things are made
-TIMED = Extent(4.0, 5, 25)  # the clock of a host that is busy launching kernels takes its time to settle
+WARMUP = Extent(1.0, 3, 10)  # after the first window, in which most things are made
+TIMED = Extent(4.0, 8, 25)  # the clock of a host that is busy launching kernels takes its time to settle
 
 
 class Running(NamedTuple):
@@ -215,9 +218,7 @@ def _measured(contender: Contender, device: torch.device, num_units: int, refere
     memory_gib["peak"] = max(memory_gib["peak"], start_gib)
     most_gib = over_ranks([*memory_gib.values()], device)
     return {
-        "num_timed": len(times_s),
-        "window_s": quartiles(times_s),
-        "per_s": quartiles([num_units / time_s for time_s in times_s]),
+        **rates(times_s, num_units),
         **{f"{kind}_gib": round(most, 3) for kind, most in zip(memory_gib, most_gib, strict=True)},
         "left_by_others_gib": round(left_gib, 3),
         "start_s": round(start_s, 1),
@@ -226,6 +227,22 @@ def _measured(contender: Contender, device: torch.device, num_units: int, refere
         "fp64_error": slice_error(noted, exact),
         **running.notes(),
     }
+
+
+def rates(times_s: Sequence[float], num_units: int) -> Row:
+    """Windows' times, as a result says them."""
+    return {
+        "times_s": [round(time_s, 6) for time_s in times_s],
+        "num_timed": len(times_s),
+        "window_s": quartiles(times_s),
+        "per_s": quartiles([num_units / time_s for time_s in times_s]),
+    }
+
+
+def together(turns: Sequence[Row], num_units: int) -> Row:
+    """One result of several of the same contender: all of their windows, and the worst of the rest."""
+    worst = {kind: max(row[kind] for row in turns) for kind in turns[0] if kind.endswith("_gib") or kind in _WORST}
+    return {**turns[0], **worst, **rates([time_s for row in turns for time_s in row["times_s"]], num_units)}
 
 
 def _gradient_norm(optimizer: Optimizer) -> float:
