@@ -97,8 +97,9 @@ class TrainStep:
             torch.compile, which fuses kernels. What cannot be captured runs eagerly, with a line in the log that
             says why. None, the default, runs eagerly. See docs/capture.md.
         fused_linear: let the matrix products of `nn.Linear` layers that compute in bf16 or fp16 add their weight
-            gradients to the fp32 buffer themselves, which rounds once less and saves passes over the weights. Costs
-            Python per layer, so it pays with `capture`, or where the device has enough to do.
+            gradients to the fp32 buffer themselves, which rounds once less and saves passes over the weights, and
+            `nn.Embedding` layers add to the rows that were looked up. Costs Python per layer, so it pays with
+            `capture`, or where the device has enough to do.
 
     Raises:
         ArgumentError: an argument is out of its domain.

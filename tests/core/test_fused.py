@@ -1,4 +1,4 @@
-"""Weight gradients that the matrix products add to the fp32 buffer themselves.
+"""Weight gradients that the matrix products add to the fp32 buffer themselves, and embeddings row by row.
 
 Tolerances: products of bf16 numbers are exact in fp32, so sums of a few thousand of them differ from float64 by fp32
 rounding alone, 1e-6 relative, where the incoming gradients are the same; a bf16 gradient is off by 2^-9.
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import macrobatch as mb
-from macrobatch.core.fused import FusedLinear, add_product
+from macrobatch.core.fused import FusedLinear, add_product, add_rows
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.errors import ArgumentError
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
@@ -114,6 +114,76 @@ def test_tied_frozen_unused_and_repeated_weights(micro_batch, uses_checkpoint):
     assert relative_error({"embed.weight": fused["embed.weight"]}, {"embed.weight": exact["embed.weight"]}) < 2e-2
 
 
+def looked_up(padding_idx: int | None, dtype: torch.dtype, **options: Any) -> tuple[nn.Embedding, Any, Any]:
+    """An embedding, a loss that is linear in it, and a batch with many repeated ids."""
+    torch.manual_seed(0)
+    layer = nn.Embedding(7, 4, padding_idx=padding_idx, dtype=dtype, **options)
+    batch = (torch.randint(0, 7, (64, 5)), torch.randn(64, 5, 4).to(BF16))
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> mb.Loss:
+        return mb.Loss((model(batch[0]) * batch[1]).float().sum(), 1.0 * len(batch[0]))
+
+    return layer, loss, batch
+
+
+def num_rows_added(model: nn.Module, batch: Any, **options: Any) -> tuple[dict, int]:
+    from unittest.mock import patch  # counts, and calls what it counts
+
+    from macrobatch.core import fused
+
+    with patch.object(fused, "_add_rows", wraps=fused._add_rows) as counted:
+        return window(model, batch, **options), counted.call_count
+
+
+@pytest.mark.parametrize("capture", [None, "compile"])
+@pytest.mark.parametrize("padding_idx", [None, 2, -1])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+def test_rows_of_an_embedding_are_added_in_fp32(dtype, padding_idx, capture):
+    """What comes in holds in bf16, so any error is accumulation's: fp32's, where rounding each micro-batch to bf16 is
+    off by 2^-9."""
+    layer, loss, batch = looked_up(padding_idx, dtype)
+    exact = full_batch_gradient(copy.deepcopy(layer), loss, batch)
+    torch._dynamo.reset()
+    settings = {"micro_batch": 16, "loss": loss, "capture": capture}
+    plain = window(copy.deepcopy(layer), batch, **settings)
+    fused, num = num_rows_added(layer, batch, fused_linear=True, **settings)
+    assert num == 4
+    assert relative_error(fused, exact) <= 1e-6
+    if dtype is BF16:
+        assert relative_error(plain, exact) > 1e-4  # the control
+    if padding_idx is not None:
+        assert not fused["weight"][padding_idx].any()
+
+
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}], ids=str)
+def test_embeddings_with_a_way_of_their_own_are_left_as_they_are(options):
+    layer, loss, batch = looked_up(None, BF16, **options)
+    settings = {"micro_batch": 16, "loss": loss}
+    plain = window(copy.deepcopy(layer), batch, **settings)
+    fused, num = num_rows_added(layer, batch, fused_linear=True, **settings)
+    assert num == 0
+    assert relative_error(fused, plain) < 1e-2
+
+
+def test_a_gradient_of_an_embedding_within_the_loss_is_not_added():
+    """torch.autograd.grad, with and without a graph, sees a dense gradient, and leaves the buffer alone."""
+    layer, _, (ids, slopes) = looked_up(2, BF16)
+
+    def penalty(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        (dense,) = torch.autograd.grad((model(batch[0]) * batch[1]).float().sum(), model.weight)
+        graphed = torch.autograd.grad(model(batch[0]).float().square().sum(), model.weight, create_graph=True)
+        return (
+            (model(batch[0]) * batch[1]).float().mean() + 1e-3 * dense.float().mean() + 1e-3 * graphed[0].float().mean()
+        )
+
+    settings = {"micro_batch": 16, "loss": penalty}
+    plain = window(copy.deepcopy(layer), (ids, slopes), **settings)
+    fused, num = num_rows_added(layer, (ids, slopes), fused_linear=True, **settings)
+    assert num == 8  # each micro-batch's own lookup, and the one that the second derivative goes through
+    assert relative_error(fused, plain) < 1e-2
+
+
 def test_forward_is_put_back_also_after_an_error():
     model, ids_BT = tied()
     step = mb.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch=8, fused_linear=True)
@@ -161,7 +231,10 @@ def test_fp32_weights_are_left_as_they_are():
     plain = window(model.float(), ids_BT)
     fused, num = num_products(model, ids_BT, fused_linear=True)
     assert num == 0
-    assert all(torch.equal(a, b) for a, b in zip(plain.values(), fused.values(), strict=True) if a is not None)
+    # To the bit, but for what the embedding adds, row by row and not as a whole: fp32 rounding.
+    shared = "embed.weight"
+    assert all(torch.equal(plain[name], grad) for name, grad in fused.items() if grad is not None and name != shared)
+    assert relative_error({shared: fused[shared]}, {shared: plain[shared]}) < 1e-6
 
 
 @pytest.mark.parametrize(("precision", "num"), [("bf16", 24), ("fp32", 24)])
@@ -321,6 +394,7 @@ def test_gradients_have_the_parameters_dtype_again_when_released():
 def test_operator_passes_the_checks_of_torch():
     total, grad, x = torch.randn(3, 4), torch.randn(5, 3, dtype=BF16), torch.randn(5, 4, dtype=BF16)
     torch.library.opcheck(add_product, (total, grad, x))
+    torch.library.opcheck(add_rows, (total, torch.tensor([2, 0, 2]), torch.randn(3, 4, dtype=BF16), 0))
 
 
 def test_flag_is_checked():

@@ -1,4 +1,5 @@
-"""Weight gradients that the matrix products add to the fp32 buffer themselves, on CUDA. Skipped without it.
+"""Weight gradients that are added to the fp32 buffer in place, by matrix products and row by row, on CUDA. Skipped
+without it.
 
 Tolerances: as in tests/core/test_fused.py. With TF32 and reduced-precision reductions off, products of bf16 numbers add
 up in fp32.
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
-from macrobatch.core.fused import add_product
+from macrobatch.core.fused import add_product, add_rows
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -56,6 +57,21 @@ def test_product_is_added_in_fp32_in_place(dtype):
     assert total._version > version
     rounded = flat[64:].view(64, 96).to(dtype).double()  # control: a 16-bit buffer
     assert float((rounded - expected).norm() / expected.norm()) > 1e-4
+
+
+def test_rows_are_added_in_fp32_in_one_order():
+    torch.manual_seed(0)
+    grad_NC = torch.randn(4096, 96, dtype=torch.bfloat16, device="cuda")
+    ids_N = torch.randint(0, 64, (4096,), device="cuda")  # each of them dozens of times
+    start = torch.randn(64, 96, device="cuda")
+    expected = start.double().index_add(0, ids_N[ids_N != 3], grad_NC[ids_N != 3].double())
+    totals = [start.clone() for _ in range(5)]
+    for total in totals:
+        add_rows(total, ids_N, grad_NC, 3)
+    assert float((totals[0].double() - expected).norm() / expected.norm()) < 1e-6
+    assert all(torch.equal(total, totals[0]) for total in totals)
+    without = start.double().index_add(0, ids_N, grad_NC.double())  # control: with the row that is left out
+    assert float((totals[0].double() - without).norm() / expected.norm()) > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch.compile's own, as it sets out

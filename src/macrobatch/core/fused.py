@@ -1,10 +1,11 @@
-"""Weight gradients of linear layers in 16 bits, added to the fp32 buffer by the matrix product itself.
+"""Weight gradients of linear layers in 16 bits, added to the fp32 buffer by the matrix product itself, and those of
+embeddings, added to the rows that were looked up.
 
 Autograd makes the gradient of a bf16 weight, or of the bf16 copy that autocast makes of it, in bf16, rounded, and adds
 it to the buffer in further passes over both. A matrix product can add its fp32 result to an fp32 matrix in place: less
-than half the traffic, and one rounding less. For the time of a window the `nn.Linear` layers of a model get a forward
-whose backward does so. What it cannot do is left to autograd, layer by layer and backward by backward, and adds up with
-it in the same view.
+than half the traffic, and one rounding less. Of an embedding, autograd makes a gradient as large as the whole table.
+For the time of a window, `nn.Linear` and `nn.Embedding` layers of a model get a forward whose backward adds in place.
+What it cannot do is left to autograd, layer by layer and backward by backward, and adds up with it in the same view.
 
 Source: `torch.addmm(..., out_dtype=torch.float32)`, https://docs.pytorch.org/docs/stable/generated/torch.addmm.html
 """
@@ -24,19 +25,20 @@ from torch.utils.hooks import RemovableHandle
 
 from macrobatch.core.gradients import GradientBuffer, Slot
 
-__all__ = ["FusedLinear", "add_product"]
+__all__ = ["FusedLinear", "add_product", "add_rows"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _CAST = (*_HALF, torch.float32)  # by autocast
 
 
 class FusedLinear:
-    """The linear layers of a model, for whose weights a gradient buffer may be written to directly.
+    """The linear layers and embeddings of a model, for whose weights a gradient buffer may be written to directly.
 
     Fused are weights of plain `nn.Linear` layers of which the buffer has an fp32 view, where the layer computes in bf16
-    or fp16: in its weight's dtype, or in autocast's. Embeddings that share such a weight add their part as ever. Left
-    as they are: frozen weights, those with hooks, parametrized or spread over ranks, layers with a forward of their
-    own, and layers that compute in fp32. A backward with `create_graph=True` and `torch.autograd.grad` work as ever,
+    or fp16: in its weight's dtype, or in autocast's; and plain `nn.Embedding` layers in any of these or fp32. A weight
+    that they share is added to by both. Left as they are: frozen weights, those with hooks, parametrized or spread over
+    ranks, layers with a forward of their own, linear layers that compute in fp32, and embeddings with
+    `scale_grad_by_freq` or `max_norm`. A backward with `create_graph=True` and `torch.autograd.grad` work as ever,
     unless they are part of what torch.compile compiles.
 
     ```pycon
@@ -88,7 +90,7 @@ class FusedLinear:
 
 
 class _Layer(NamedTuple):
-    module: nn.Linear
+    module: nn.Linear | nn.Embedding
     slot: Slot
     forward: Callable[[Tensor], Tensor]
     """Always the same object, since a compiled model is compiled again for another one."""
@@ -103,7 +105,8 @@ class _Layer(NamedTuple):
 def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]:
     slots = {id(slot.param): slot for slot in gradients.slots}
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        forward = _forward_for(module)
+        if forward is None:
             continue
         weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage] # a parametrized one is not there
         slot = slots.get(id(weight))
@@ -112,7 +115,16 @@ def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]
         if slot.view.dtype is torch.float32 and slot.view.is_contiguous():
             # A captured graph is to write to it, not to a copy.
             torch._dynamo.mark_static_address(slot.view, guard=True)  # pyright: ignore[reportPrivateUsage]
-            yield _Layer(module, slot, partial(_forward, module, weight, slot.view))
+            yield _Layer(module, slot, partial(forward, module, weight, slot.view))  # pyright: ignore[reportArgumentType]
+
+
+def _forward_for(module: nn.Module) -> Callable[..., Tensor] | None:
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return _linear
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+        is_plain = not (module.scale_grad_by_freq or module.sparse or module.max_norm is not None)
+        return _embedding if is_plain else None
+    return None
 
 
 def _add_as_it_comes(slot: Slot) -> None:
@@ -128,7 +140,7 @@ def _used(view: Tensor, *_: Any) -> None:
     increment_version(view)
 
 
-def _forward(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tensor:
     weight: Tensor = module.weight
     bias: Any = module.bias
     kind = x.device.type
@@ -142,6 +154,15 @@ def _forward(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tenso
         return F.linear(x, weight, bias)
     known = None if torch.compiler.is_compiling() else param  # what is compiled does not ask, and traces no `.grad`
     return _Linear.apply(x, weight, bias, known, view)  # pyright: ignore[reportReturnType]
+
+
+def _embedding(module: nn.Embedding, param: Tensor, view: Tensor, ids: Tensor) -> Tensor:
+    weight: Tensor = module.weight
+    if weight is not param or not torch.is_grad_enabled() or _is_transformed():
+        return F.embedding(ids, weight, module.padding_idx)
+    known = None if torch.compiler.is_compiling() else param
+    no_row = -1 if module.padding_idx is None else module.padding_idx
+    return _Embedding.apply(ids, weight, no_row, known, view)  # pyright: ignore[reportReturnType]
 
 
 def _is_transformed() -> bool:
@@ -176,6 +197,31 @@ class _Linear(torch.autograd.Function):
         else:
             return grad_x, grad_NO.t() @ x_NI, grad_bias, None, None
         return grad_x, None, grad_bias, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ids: Tensor, weight: Tensor, no_row: int, param: Tensor | None, view: Tensor) -> Tensor:
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ids, weight, no_row, param, view = inputs
+        ctx.save_for_backward(ids)
+        ctx.num_rows, ctx.no_row, ctx.view, ctx.param = weight.shape[0], no_row, view, param
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (ids,) = ctx.saved_tensors
+        ids_N, grad_NC = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        if torch.compiler.is_compiling():
+            torch.ops.macrobatch.add_rows(ctx.view, ids_N, grad_NC, ctx.no_row)
+        elif ctx.needs_input_grad[1] and _is_wanted(ctx.param, ctx.view):
+            _add_rows(ctx.view, ids_N, grad_NC, ctx.no_row)
+        else:
+            grad_weight = torch.ops.aten.embedding_dense_backward(grad_NC, ids_N, ctx.num_rows, ctx.no_row, False)
+            return None, grad_weight, None, None, None
+        return None, None, None, None, None
 
 
 def _is_wanted(param: Tensor, view: Tensor) -> bool:
@@ -213,4 +259,35 @@ def add_product(total: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
 
 @add_product.register_fake
 def _(total: Tensor, grad_NO: Tensor, x_NI: Tensor) -> None:
+    return None
+
+
+def _add_rows(total: Tensor, ids_N: Tensor, grad_NC: Tensor, no_row: int) -> None:
+    """`total[ids_N[n]] += grad_NC[n]` for every n whose row is not `no_row`, in fp32, in one order each time."""
+    grad_NC = grad_NC.to(total.dtype)
+    if no_row >= 0:
+        grad_NC = grad_NC.masked_fill((ids_N == no_row).unsqueeze(1), 0.0)
+    if total.is_cuda:  # there, index_add_ adds in any order, and index_put_ sorts; on a host it is the other way round
+        total.index_put_((ids_N.long(),), grad_NC, accumulate=True)
+    else:
+        total.index_add_(0, ids_N, grad_NC)
+
+
+@torch.library.custom_op("macrobatch::add_rows", mutates_args={"total"})
+def add_rows(total: Tensor, ids_N: Tensor, grad_NC: Tensor, no_row: int) -> None:
+    """`total[ids_N[n]] += grad_NC[n]`: (V, C) fp32, (N,) integers, (N, C); rows for `no_row` are left out.
+
+    ```pycon
+    >>> total = torch.zeros(3, 1)
+    >>> add_rows(total, torch.tensor([2, 0, 2]), torch.ones(3, 1, dtype=torch.bfloat16), 0)
+    >>> total.flatten()
+    tensor([0., 0., 2.])
+
+    ```
+    """
+    _add_rows(total, ids_N, grad_NC, no_row)
+
+
+@add_rows.register_fake
+def _(total: Tensor, ids_N: Tensor, grad_NC: Tensor, no_row: int) -> None:
     return None
