@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import macrobatch as mb
 from macrobatch import tree
@@ -627,6 +629,56 @@ def test_a_kind_of_loss_that_changes_is_not_recorded(lines):
     assert lines() == [
         "capture: runs eagerly, since loss_fn does not return the same kind of loss for each micro-batch"
     ]
+
+
+class Additions(TorchDispatchMode):
+    """How often something was added in place, by the name of the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Shared(nn.Module):
+    """A large weight, and small parameters, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small, self.head = nn.Linear(5, 2**14), nn.Linear(2**14, 2), nn.Linear(2, 3)
+        self.factor = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.small(self.large(x_BC)) * self.factor) * self.factor)
+
+
+def test_small_gradients_are_added_by_one_operation():
+    torch.manual_seed(0)
+    model, batch = (
+        Shared().double(),
+        tree.map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches(1)[0]),
+    )
+    assert [p.numel() > 2**16 for p in model.parameters()].count(True) == 1
+    exact = full_batch_gradient(copy.deepcopy(model), classes, batch)
+    found: dict[bool, Counter[str]] = {}
+    for is_taped in (True, False):
+        twin = copy.deepcopy(model)
+        step = mb.TrainStep(
+            twin, SGD(twin.parameters(), lr=0.0), classes, micro_batch=1, capture=taped() if is_taped else None
+        )
+        step(batch)
+        with Additions() as additions:
+            step(batch)
+        found[is_taped] = additions.counts
+        assert relative_error(gradients_of(twin), exact) < 1e-12
+    assert found[True]["_foreach_add_"] == NUM_SAMPLES
+    # What is left: the large weight, and the second use of the factor.
+    assert found[True]["add_"] <= 2 * NUM_SAMPLES
+    assert found[False]["_foreach_add_"] == 0  # the control: eagerly, one for each of seven parameters
+    assert found[False]["add_"] >= 7 * NUM_SAMPLES
 
 
 def test_one_object_serves_one_step():

@@ -29,6 +29,8 @@ __all__ = ["Flat", "GradientBuffer", "Slot", "shards_of"]
 
 _ALIGN = 64  # elements; keeps every view on a 256-byte boundary, as vectorised kernels like it
 
+_SMALL = 2**16  # elements: adding so many takes no longer than starting to
+
 
 class Flat(NamedTuple):
     """One flat buffer.
@@ -173,6 +175,22 @@ class GradientBuffer:
     def touch(self, slots: Iterable[Slot]) -> None:
         """Something added to these, of which autograd does not know: count them as used by the window."""
         torch.autograd.graph.increment_version([slot.local for slot in slots])
+
+    @contextmanager
+    def adding_at_once(self) -> Generator[None]:
+        """A backward in this context keeps the gradients of small parameters to itself; then they are added by one
+        operation instead of one for each, of which a device takes longer to start the next than to add."""
+        small = [slot for slot in self.slots if slot.local.numel() <= _SMALL and slot.param.dtype == slot.view.dtype]
+        for slot in small:
+            slot.param.grad = None
+        try:
+            yield
+            added = [(slot.local, _local(slot.param.grad)) for slot in small if slot.param.grad is not None]
+            if added:
+                torch._foreach_add_(*map(list, zip(*added, strict=True)))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportArgumentType]
+        finally:
+            for slot in small:
+                slot.param.grad = slot.view
 
     def clear(self) -> None:
         """The window is given up: no parameter has a gradient."""

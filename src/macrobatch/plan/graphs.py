@@ -290,7 +290,8 @@ class _Recording:
                 raise Unfit("loss_fn does not return the same kind of loss for each micro-batch")
             tensors = [part.tensor for part in parts.values() if part.tensor.requires_grad]
             if tensors:
-                backward(tensors, tally.over_weights(parts, [seed.detach() for seed in self.seeds]))
+                with graphs.gradients.adding_at_once():
+                    backward(tensors, tally.over_weights(parts, [seed.detach() for seed in self.seeds]))
             return {
                 name: part._replace(tensor=part.tensor.detach().requires_grad_(part.tensor.requires_grad))
                 for name, part in parts.items()
