@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from macrobatch.testing.pool import RankPool
 os.environ["MACROBATCH_CACHE"] = ""  # no test is to find, or to leave, what was measured on this machine
 
 ROOT = Path(__file__).parents[1]
-GROUP = 'xdist_group("ranks")'
+GROUP = re.compile(r'pytest\.mark\.xdist_group\("(\w+)"\)')
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `--dist loadgroup`: files with tests of the group "ranks" go to one worker as a whole.
+    """For `--dist loadgroup`: files with tests of one group go to one worker as a whole.
 
     pytest 9.2 no longer lets pytest-xdist 3.8 pass groups on, which then spreads them in silence
     (https://github.com/pytest-dev/pytest-xdist/issues/1386).
@@ -48,11 +49,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     if config.getvalue("dist") != "loadgroup":
         return None
-    files = [path for path in (ROOT / "tests").rglob("test_*.py") if GROUP in path.read_text(encoding="utf-8")]
-    names = {path.relative_to(ROOT).as_posix() for path in files}
+    found = {path: GROUP.search(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py")}
+    groups = {path.relative_to(ROOT).as_posix(): group[1] for path, group in found.items() if group is not None}
 
     class Scheduling(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ranks" if nodeid.split("::")[0] in names else super()._split_scope(nodeid)
+            return groups.get(nodeid.split("::")[0]) or super()._split_scope(nodeid)
 
     return Scheduling(config, log)

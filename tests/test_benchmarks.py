@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from macrobatch.testing.scripts import run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def run(script: str, *arguments: str, out: Path) -> str:
-    command = [sys.executable, str(FOLDER / f"{script}.py"), *arguments, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = run_script(FOLDER / f"{script}.py", *arguments, "--out", str(out), timeout_s=600)
+    assert done.codes == [0], "".join(done.stdout + done.stderr)
+    return done.stdout[0]
 
 
 def rows(path: Path) -> list[dict]:

@@ -29,6 +29,8 @@ from macrobatch.errors import ArgumentError, MissingDependencyError
 pytest.importorskip("sklearn", reason="the extra [demo] is not installed")
 pytest.importorskip("matplotlib", reason="the extra [demo] is not installed")
 
+pytestmark = pytest.mark.xdist_group("demo")  # one worker makes the report that they share
+
 FILES = {"accuracy.png", "gradient_error.png", "index.html", "loss.png", "memory.png", "results.json"}
 
 # fp32 has 2^-24 = 6e-8 relative rounding error; some ten layers and a cancelling sum add up to less than this.

@@ -6,8 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from macrobatch.accelerate import Accelerator
 from macrobatch.accelerate import state as states
 from macrobatch.accelerate.utils import ProjectConfiguration
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
+from macrobatch.testing.scripts import run_script
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -123,7 +122,8 @@ spec.loader.exec_module(run)
 text = json.dumps(run.resumed(99, Path({str(tmp_path)!r}), 6))
 Path({str(tmp_path / "weights.json")!r}).write_text(text)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    assert run_script(tmp_path / "script.py").codes == [0]
     assert json.loads((tmp_path / "weights.json").read_text()) == expected
 
 

@@ -1,4 +1,7 @@
-"""Every script of examples/accelerate runs and says what it should, on one rank and on two."""
+"""Every script of examples/accelerate runs and says what it should, on one rank and on two.
+
+One of them is started by Python and by torchrun; the others in processes like theirs, which are warm.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,35 @@ from pathlib import Path
 
 import pytest
 
+from macrobatch.testing.scripts import run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 def run(script: str, *arguments: str, num_ranks: int = 1) -> str:
-    launcher = [sys.executable]
-    if num_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if script.endswith("_accelerate.py"):  # without it, the original runs as many jobs of one rank
-        environment["ACCELERATE_USE_CPU"] = "1"
-    done = subprocess.run(
-        [*launcher, str(EXAMPLES / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    # Without ACCELERATE_USE_CPU, the original runs as many jobs of one rank.
+    environ = {"ACCELERATE_USE_CPU": "1"} if script.endswith("_accelerate.py") else {}
+    done = run_script(EXAMPLES / script, *arguments, num_ranks=num_ranks if num_ranks > 1 else None, environ=environ)
+    assert done.codes == [0] * num_ranks, "\n".join(done.stderr)[-3000:]
+    return "".join(done.stdout)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_self_contained_prints_the_same_weight_twice(num_ranks):
-    weights = re.findall(r"is (\d\.\d{5})", run("self_contained.py", num_ranks=num_ranks))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / "self_contained.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = re.findall(r"is (\d\.\d{5})", done.stdout)
     assert weights == ["2.04000"] * 2 * num_ranks
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from macrobatch.accelerate.state import AcceleratorState, GradientState, PartialState, do_nothing, is_initialized
 from macrobatch.accelerate.utils.environment import patch_environment
 from macrobatch.errors import ArgumentError
+from macrobatch.testing.scripts import run_script
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -40,26 +39,25 @@ def _fresh() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def under_torchrun(door: str, folder: Path) -> list[str]:
+def launched(door: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What two processes with torchrun's variables find; under torchrun itself, see `test_examples.py`."""
     script = folder / "script.py"
     script.write_text(SCRIPT.format(door=door), encoding="utf-8")
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), str(folder)], env=environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    done = run_script(script, str(folder), num_ranks=2)
+    assert done.codes == [0, 0], done.stderr
     return sorted(path.read_text(encoding="utf-8") for path in folder.glob(f"{door}.*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
-def test_torchrun_without_gpu_is_two_jobs_in_the_original(tmp_path: Path):
-    assert under_torchrun(ORIGINAL, tmp_path) == ["1 True None NO cpu"] * 2  # the control
+def test_torchrun_without_gpu_is_two_jobs_in_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert launched(ORIGINAL, tmp_path, monkeypatch) == ["1 True None NO cpu"] * 2  # the control
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
-def test_torchrun_without_gpu_is_one_job(tmp_path: Path):
-    assert under_torchrun(OURS, tmp_path) == ["2 False gloo MULTI_CPU cpu", "2 True gloo MULTI_CPU cpu"]
+def test_torchrun_without_gpu_is_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert launched(OURS, tmp_path, monkeypatch) == ["2 False gloo MULTI_CPU cpu", "2 True gloo MULTI_CPU cpu"]
 
 
 def facts(door: str) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from macrobatch.accelerate import state as states
 from macrobatch.accelerate.tracking import GeneralTracker, filter_trackers, get_available_trackers, on_main_process
 from macrobatch.accelerate.utils import LoggerType, ProjectConfiguration
 from macrobatch.errors import ArgumentError, MissingDependencyError
+from macrobatch.testing.scripts import run_script
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -166,8 +165,9 @@ assert mlflow.get_experiment(run.info.experiment_id).name == "experiment"
 
 def test_mlflow(tmp_path: Path):
     # In a process of its own, since it sets up a database, loggers and threads for as long as a process lives.
-    done = subprocess.run([sys.executable, "-c", MLFLOW, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "script.py").write_text(MLFLOW, encoding="utf-8")
+    done = run_script(tmp_path / "script.py", str(tmp_path), folder=tmp_path)
+    assert done.codes == [0], done.stderr[0][-3000:]
 
 
 # --- trackers of one's own ---

@@ -6,8 +6,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +17,9 @@ import torch
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.io import recover
 from macrobatch.errors import StateError
+from macrobatch.testing.scripts import run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 OLD, NEW = {"x": torch.tensor([1.0])}, {"x": torch.tensor([2.0])}
 FILES = ["state.bin", "state.safetensors"]
@@ -218,8 +219,9 @@ def test_the_working_folder_can_be_replaced(tmp_path: Path, monkeypatch: pytest.
 def test_after_a_kill_a_folder_is_whole(tmp_path: Path, where: str, survivor: float):
     folder = written(tmp_path / "checkpoint", OLD)
     (folder / "notes.txt").write_text("mine")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), where], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    (tmp_path / "script.py").write_text(KILLED, encoding="utf-8")
+    done = run_script(tmp_path / "script.py", str(folder), where)
+    assert done.codes == [-signal.SIGKILL], done.stderr
     assert folder.exists() == (where != "before rename 2")
     recover(folder)
     assert load_file(folder / "state.bin")["x"].item() == survivor
@@ -227,4 +229,4 @@ def test_after_a_kill_a_folder_is_whole(tmp_path: Path, where: str, survivor: fl
     written(folder, {"x": torch.tensor([3.0])})
     assert load_file(folder / "state.bin")["x"].item() == 3.0
     assert names(folder) == ["notes.txt", "state.bin"]
-    assert names(tmp_path) == ["checkpoint"]
+    assert names(tmp_path) == ["checkpoint", "script.py"]

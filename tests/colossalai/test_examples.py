@@ -1,10 +1,11 @@
-"""The seed's own command, and the rows that it prints."""
+"""The seed's own command, and the rows that it prints; the other ways to run the examples, in warm processes."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,31 +14,32 @@ import numpy as np
 import pytest
 
 from macrobatch.colossalai.utils import free_port
+from macrobatch.testing.scripts import Finished, run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 FOLDER = Path(__file__).parents[2] / "examples" / "colossalai"
+NOWHERE = "/nonexistent"
 ROW = "-0.0208,  0.0189,  0.0234,  0.0047,  0.0116, -0.0283,  0.0071, -0.0359, -0.0267, -0.0006"
 
 
-def command(num_ranks: int, script: str, *arguments: str, data: str = "/nonexistent") -> str:
-    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", str(num_ranks)]
+def test_seed_command_prints_its_rows():
+    launcher = ["-m", "torch.distributed.launch", "--nproc_per_node", "1"]
     launcher += ["--master_addr", "localhost", "--master_port", str(free_port())]
-    environment = {**os.environ, "DATA": data, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, *launcher, script, *arguments],
+        [sys.executable, *launcher, "run_resnet_cifar10_with_engine.py"],
         cwd=FOLDER,
-        env=environment,
+        env={**os.environ, "DATA": NOWHERE, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    check_rows(done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_seed_command_prints_its_rows(num_ranks):
-    output = command(num_ranks, "run_resnet_cifar10_with_engine.py")
+def check_rows(output: str) -> None:
     rows = re.findall(r"iteration (\d), first 10 elements of param: tensor\(\[(.+?)\]\)", output)
     assert [index for index, _ in rows] == ["0", "1", "2", "3"]
     assert [row for _, row in rows[:3]] == [ROW] * 3
@@ -45,28 +47,43 @@ def test_seed_command_prints_its_rows(num_ranks):
     assert "scikit-learn's digits" in output
 
 
+def in_batches_of(size: int, folder: Path) -> Path:
+    """A copy of the examples with another size in their config."""
+    copied = Path(shutil.copytree(FOLDER, folder / "examples"))
+    config = (copied / "config.py").read_text(encoding="utf-8")
+    assert config.count("BATCH_SIZE = 128\n") == 1
+    (copied / "config.py").write_text(config.replace("= 128", f"= {size}"), encoding="utf-8")
+    return copied
+
+
+def run(path: Path, *arguments: str, num_ranks: int, data: str) -> str:
+    done = run_script(path, *arguments, num_ranks=num_ranks, environ={"DATA": data})
+    assert done.codes == [0] * num_ranks, "\n".join(done.stderr)[-3000:]
+    return "".join([*done.stdout, *done.stderr])
+
+
+def test_two_ranks_print_the_rows_too(tmp_path):
+    path = in_batches_of(16, tmp_path) / "run_resnet_cifar10_with_engine.py"
+    check_rows(run(path, num_ranks=2, data=NOWHERE))
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_trainer_example_runs(tmp_path, num_ranks):
-    output = command(
-        num_ranks,
-        "run_resnet_cifar10_with_trainer.py",
-        "--epochs",
-        "1",
-        "--max_steps",
-        "6",
-        "--checkpoint_dir",
-        str(tmp_path),
-    )
+    images = np.random.default_rng(0).integers(0, 256, (16, 3072), np.uint8)
+    cifar(tmp_path, pickle.dumps({"data": images, "labels": [*range(10), *range(6)]}))
+    path = in_batches_of(4, tmp_path) / "run_resnet_cifar10_with_trainer.py"
+    arguments = ("--epochs", "1", "--max_steps", "6", "--checkpoint_dir", str(tmp_path))
+    output = run(path, *arguments, num_ranks=num_ranks, data=str(tmp_path))
+    assert "data: CIFAR-10" in output
     assert "6 micro-iterations, 2 updates" in output
     assert "[Epoch 1 / Train]: " in output
     assert (tmp_path / "checkpoint.pt").exists()
 
 
-def cifar(folder: Path, content: bytes) -> str:
+def cifar(folder: Path, content: bytes) -> None:
     (folder / "cifar-10-batches-py").mkdir()
     for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
         (folder / "cifar-10-batches-py" / name).write_bytes(content)
-    return str(folder)
 
 
 def of_python_2(images: np.ndarray, labels: list[int]) -> bytes:
@@ -80,16 +97,16 @@ def of_python_2(images: np.ndarray, labels: list[int]) -> bytes:
     return b"\x80\x02}(U\x0bbatch_labelU\x01xU\x06labels" + listed + b"U\x04data" + array + b"u."
 
 
-def loaded(data: str) -> subprocess.CompletedProcess[str]:
-    code = (
-        "from data import load; train, test, what = load(); print(len(train), len(test), [*train[0][0].shape], what);"
+def loaded(folder: Path) -> Finished:
+    """What a script beside the example's data module finds in this folder."""
+    script = Path(shutil.copy(FOLDER / "data.py", folder)).with_name("script.py")
+    script.write_text(
+        "from data import load; train, test, what = load(); print(len(train), len(test), [*train[0][0].shape], what)\n"
+        "print('labels', [int(y) for _, y in test])\n"
+        "print('pixels', [round(p, 3) for p in test[3][0][2, 5, :3].tolist()])\n",
+        encoding="utf-8",
     )
-    code += "print('labels', [int(y) for _, y in test]);"
-    code += "print('pixels', [round(p, 3) for p in test[3][0][2, 5, :3].tolist()])"
-    environment = {**os.environ, "DATA": data}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_script(script, environ={"DATA": str(folder)})
 
 
 IMAGES, LABELS = np.arange(4 * 3072).reshape(4, 3072).astype(np.uint8), [0, 1, 2, 9]
@@ -102,13 +119,15 @@ IMAGES, LABELS = np.arange(4 * 3072).reshape(4, 3072).astype(np.uint8), [0, 1, 2
 )
 def test_standard_batches_are_read(tmp_path, content):
     assert np.array_equal(pickle.loads(content, encoding="latin1")["data"], IMAGES)
-    done = loaded(cifar(tmp_path, content))
-    assert done.stdout.startswith("20 4 [3, 32, 32] CIFAR-10 from "), done.stderr
-    assert f"labels {LABELS}" in done.stdout
+    cifar(tmp_path, content)
+    done = loaded(tmp_path)
+    (printed,) = done.stdout
+    assert printed.startswith("20 4 [3, 32, 32] CIFAR-10 from "), done.stderr
+    assert f"labels {LABELS}" in printed
     pixels = (
         IMAGES[3].reshape(3, 32, 32)[2, 5, :3] / 255
     )  # blue, the sixth row: planes of rows, as the data set has them
-    assert f"pixels {[round(float((pixel - 0.4465) / 0.2010), 3) for pixel in pixels]}" in done.stdout
+    assert f"pixels {[round(float((pixel - 0.4465) / 0.2010), 3) for pixel in pixels]}" in printed
 
 
 class Evil:
@@ -117,7 +136,8 @@ class Evil:
 
 
 def test_batch_with_code_in_it_is_refused(tmp_path):
-    done = loaded(cifar(tmp_path, pickle.dumps(Evil(), protocol=2)))
-    assert done.returncode != 0
-    assert "is not part of a CIFAR-10 batch" in done.stderr
-    assert "run" not in done.stdout
+    cifar(tmp_path, pickle.dumps(Evil(), protocol=2))
+    done = loaded(tmp_path)
+    assert done.codes != [0]
+    assert "is not part of a CIFAR-10 batch" in done.stderr[0]
+    assert "run" not in done.stdout[0]

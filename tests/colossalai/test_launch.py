@@ -17,8 +17,9 @@ from macrobatch.colossalai.context import ConfigException, ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.launching import LaunchError
 from macrobatch.colossalai.utils import free_port
+from macrobatch.testing.scripts import run_script, without_launchers
 
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI", "PET_", "TORCHELASTIC_", "GROUP_")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 SCRIPT = """
 import sys
@@ -46,9 +47,8 @@ get_dist_logger().info("only once", ranks=[0])
 @pytest.fixture
 def clean(monkeypatch):
     """An environment without a launcher's variables."""
-    for name in list(os.environ):
-        if name.startswith(LAUNCHERS):
-            monkeypatch.delenv(name)
+    for name in os.environ.keys() - without_launchers().keys():
+        monkeypatch.delenv(name)
     return monkeypatch
 
 
@@ -63,43 +63,50 @@ def launch(config=None, **given):
     launching.launch({} if config is None else config, **arguments)
 
 
-def run_command(tmp_path, *options, num_ranks=1, program=("-m", "torch.distributed.launch")):
+@pytest.fixture
+def script(tmp_path):
     (tmp_path / "config.py").write_text("BATCH_SIZE = 128\ngradient_accumulation = 4\n")
     (tmp_path / "script.py").write_text(SCRIPT)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    return subprocess.run(
-        [
-            *(sys.executable, *program, "--nproc_per_node", str(num_ranks)),
-            *("--master_addr", "localhost", "--master_port", str(free_port()), "script.py", *options),
-        ],
-        cwd=tmp_path,
-        env=clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},  # two ranks may have one GPU
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return tmp_path / "script.py"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "options"), [(1, ()), (2, ("--config", "./config.py"))], ids=["one rank", "two ranks, parser"]
-)
-def test_the_launch_command(tmp_path, num_ranks, options):
-    done = run_command(tmp_path, *options, num_ranks=num_ranks)
+def test_the_launch_command(script):
+    program = ("-m", "torch.distributed.launch", "--nproc_per_node", "2")
+    program += ("--master_addr", "localhost", "--master_port", str(free_port()), "script.py")
+    done = subprocess.run(
+        [sys.executable, *program, "--config", "./config.py"],
+        cwd=script.parent,
+        env=without_launchers() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},  # two ranks may have one GPU
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
+    check_output(done.stdout, done.stderr, num_ranks=2)
+
+
+def test_one_launched_rank_without_a_parser(script):
+    """As by the command, which the examples' test gives for one rank."""
+    done = run_script(script, num_ranks=1, folder=script.parent, environ={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.codes == [0], done.stderr
+    check_output(done.stdout[0], done.stderr[0], num_ranks=1)
+
+
+def check_output(stdout: str, stderr: str, num_ranks: int) -> None:
     torch.manual_seed(1024)
     line = f"ranks {num_ranks}, batch 128, drawn {torch.rand(()).item():.6f}"
-    assert done.stdout.splitlines() == [line] * num_ranks
-    said = [line for line in done.stderr.splitlines() if line.startswith("colossalai - ")]
+    assert stdout.splitlines() == [line] * num_ranks
+    said = [line for line in stderr.splitlines() if line.startswith("colossalai - ")]
     assert [line.split("INFO: ")[1] for line in said] == [
         "no GPU here: the backend is gloo instead of nccl",
         said[-2].split("INFO: ")[1],
         "only once",
     ]
     assert f"data parallel size {num_ranks}, " in said[-2]
-    assert "destroy_process_group" not in done.stderr  # no group was left open
+    assert "destroy_process_group" not in stderr  # no group was left open
 
 
 @pytest.mark.parametrize("spelling", ["--local_rank", "--local-rank"])
@@ -240,11 +247,12 @@ def test_a_variable_that_is_missing_is_named(clean, kind, missing):
 # --- over ranks ------------------------------------------------------------------------------------------------------
 
 JOIN = """
+import os
 import sys
 import torch
 import torch.distributed as dist
 from macrobatch.colossalai.launching import launch
-rank, host, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rank, host, port = int(os.environ["NUMBER"]), sys.argv[1], int(sys.argv[2])
 launch({}, rank=rank, world_size=2, host=host, port=port, verbose=False)
 total = torch.tensor(float(rank))
 dist.all_reduce(total)
@@ -252,24 +260,12 @@ sys.stdout.write(str(total.item()))
 """
 
 
-def test_two_processes_meet_at_an_ipv6_address():
-    port = str(free_port())
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN, str(rank), "::1", port],
-            env=clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},  # two ranks may have one GPU
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        ends = [program.communicate(timeout=90) for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-    if any("Address family not supported" in err or "Cannot assign requested address" in err for _, err in ends):
+def test_two_processes_meet_at_an_ipv6_address(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(JOIN)
+    environ = {"CUDA_VISIBLE_DEVICES": ""}  # two ranks may have one GPU
+    processes = [{"NUMBER": "0"}, {"NUMBER": "1"}]
+    done = run_script(script, "::1", str(free_port()), processes=processes, environ=environ, timeout_s=90)
+    if any("Address family not supported" in err or "Cannot assign requested address" in err for err in done.stderr):
         pytest.skip("no IPv6 on this machine")
-    assert [out for out, _ in ends] == ["1.0", "1.0"], ends
+    assert done.stdout == ["1.0", "1.0"], done

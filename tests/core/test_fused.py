@@ -252,9 +252,8 @@ def test_fp32_weights_that_autocast_rounds_are_fused(capture, num):
     """Tied, repeated, frozen and unused ones among them; the plain path rounds each weight gradient to bf16."""
     model, ids_BT = tied()
     torch._dynamo.reset()
-    options = {"precision": "bf16", "capture": capture}
-    plain = window(model.float(), ids_BT, **options)
-    fused, counted = num_products(model, ids_BT, fused_linear=True, **options)
+    plain = window(model.float(), ids_BT, precision="bf16")
+    fused, counted = num_products(model, ids_BT, precision="bf16", capture=capture, fused_linear=True)
     assert counted == num
     assert fused["unused.weight"] is None
     assert relative_error(fused, plain) < 1e-2

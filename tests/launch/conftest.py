@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 
 from macrobatch.ranks import Ranks
+from macrobatch.testing.scripts import without_launchers
 
 HERE = Path(__file__).parent
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI", "PET_", "TORCHELASTIC_", "GROUP_")
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -33,8 +32,7 @@ def start(tmp_path: Path):
     started: list[subprocess.Popen[str]] = []
 
     def start_program(*command: str, **environ: str | None) -> subprocess.Popen[str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-        clean |= {"OMP_NUM_THREADS": "1"}  # the ranks share few cores
+        clean = without_launchers() | {"OMP_NUM_THREADS": "1"}  # the ranks share few cores
         program = subprocess.Popen(
             command,
             cwd=tmp_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from macrobatch import launch
 from macrobatch.errors import ArgumentError
 from macrobatch.launch import group
 from macrobatch.ranks import Ranks
+from macrobatch.testing.scripts import run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def test_alone_there_is_no_group():
@@ -32,7 +36,7 @@ def test_a_timeout_that_is_none_is_refused(timeout_s):
         launch.init(timeout_s=timeout_s)
 
 
-def test_ranks_of_srun_make_a_group_without_more_variables(start, job, seen, check):
+def test_ranks_of_srun_make_a_group_without_more_variables(job, check):
     common = {
         "SLURM_JOB_ID": str(os.getpid()),  # the port follows from it
         "SLURM_STEP_ID": "0",
@@ -41,10 +45,10 @@ def test_ranks_of_srun_make_a_group_without_more_variables(start, job, seen, che
         "SLURM_STEP_NODELIST": "n01",  # not needed, and not looked up, on one machine
         "SLURM_NODEID": "0",
     }
-    programs = [
-        start(sys.executable, job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common) for rank in range(2)
-    ]
-    check(seen(*programs), local_ranks=[0, 1])
+    own = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    done = run_script(job, processes=own, environ=common)
+    assert done.codes == [0, 0], done.stderr
+    check([json.loads(text) for text in done.stdout], local_ranks=[0, 1])
 
 
 def test_an_exception_ends_a_rank_without_waiting_for_the_others(monkeypatch):

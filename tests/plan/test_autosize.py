@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +21,9 @@ from torch import Tensor, nn
 import macrobatch as mb
 from macrobatch.errors import ArgumentError, LossError, NoMemoryError
 from macrobatch.plan.memory import HostMemory
+from macrobatch.testing.scripts import run_script
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 WIDTH, ROWS = 16, 240
 
@@ -453,14 +454,12 @@ for turn in range(50):
 
 
 def test_several_writers_do_no_harm(tmp_path):
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [writer.communicate(timeout=120)[1] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0], outputs
-    assert outputs == ["", ""], "no file was seen half written"
-    assert len([*tmp_path.iterdir()]) == 1
+    script, folder = tmp_path / "script.py", tmp_path / "cache"
+    script.write_text(WRITER, encoding="utf-8")
+    done = run_script(script, str(folder), processes=[{}, {}])
+    assert done.codes == [0, 0], done.stderr
+    assert done.stderr == ["", ""], "no file was seen half written"
+    assert len([*folder.iterdir()]) == 1
 
 
 def test_tokens_are_counted_if_lengths_are_given():

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import importlib.util
 import multiprocessing
+import multiprocessing.context
 import os
 import sys
 import tempfile
@@ -20,9 +21,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["RankError", "RankPool"]
+__all__ = ["RankError", "RankPool", "warm_context"]
 
 _START_S = 60.0
+# torch imports _dynamo with the first optimizer: a second and more, which each new process would spend again.
+_NEEDED = (
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "macrobatch.accelerate",
+    "macrobatch.colossalai",
+    "macrobatch.testing.scripts",
+)
+_USED = ("accelerate", "hypothesis", "pytest", "sklearn.datasets", "transformers.models.gpt2.modeling_gpt2")
+
+
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that have imported torch, macrobatch, and of the packages for tests those that this one has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_NEEDED, *(name for name in _USED if name.split(".")[0] in sys.modules)])
+    return context
 
 
 class RankError(AssertionError):
@@ -107,8 +124,7 @@ class RankPool:
         atexit.unregister(self.close)
 
     def _open(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "macrobatch"])
+        context = warm_context()
         meeting = Path(tempfile.mkdtemp(prefix="macrobatch-")) / "ranks"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
