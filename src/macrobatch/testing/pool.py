@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.context
@@ -143,6 +144,7 @@ def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # no collection need go through what was imported
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
