@@ -127,14 +127,14 @@ def quartiles(values: Sequence[float], *, digits: int = 4) -> Quartiles:
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
-    """The rows as text: median [quartiles]."""
+    """The rows as text: median [quartiles], and the error of the gradient."""
     width = max(len(row["name"]) for row in rows)
-    lines = [title, f"{'':{width}}  {'us per micro-step':>24}  {'ratio to ' + rows[0]['name']:>24}"]
+    lines = [title, f"{'':{width}}  {'us per micro-step':>24}  {'ratio to ' + rows[0]['name']:>24}  {'error':>7}"]
     for row in rows:
         us, ratio = row["us"], row["ratio"]
         lines.append(
             f"{row['name']:{width}}  {us[1]:8.1f} [{us[0]:6.1f}, {us[2]:6.1f}]  "
-            f"{ratio[1]:8.3f} [{ratio[0]:5.3f}, {ratio[2]:5.3f}]"
+            f"{ratio[1]:8.3f} [{ratio[0]:5.3f}, {ratio[2]:5.3f}]  {row['error']:7.1e}"
         )
     return "\n".join(lines)
 

@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [--rounds 200] [--device cuda] [--profile]
 
 The work per micro-step is so small that little else than overhead is left to see. The hand loop is the shortest one
-that is right for equal micro-batches; it neither checks nor reports anything.
+that is right for equal micro-batches; it neither checks nor reports anything. The error is that of the first window's
+gradient, as the optimizer gets it, against float64.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import cProfile
 import importlib
 import pstats
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from harness import attempted, paired, save, table
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import macrobatch as mb
+from macrobatch.testing.reference import full_batch_gradient, relative_error
 
 NUM_MICRO_BATCHES = 8
 ROWS = 8
@@ -55,9 +59,29 @@ def main() -> None:
     if options.profile:
         profile(contenders["TrainStep"])
         return
+    exact = full_batch_gradient(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), (x_BC, y_B))
+    errors = {name: gradient_error(update, exact) for name, update in contenders.items()}
     rows = paired(contenders, rounds=options.rounds, calls=20, unit_per_call=NUM_MICRO_BATCHES)
+    for row in rows:
+        row["error"] = errors[row["name"]]
     print(table(f"tiny MLP, 8 micro-batches of 8, on {options.device}, one CPU thread", rows))
     print("written to", save(f"overhead-{options.device}", {"rounds": options.rounds, "rows": rows}, options.out))
+
+
+def gradient_error(update: Callable[[], object], exact: Mapping[str, Tensor | None]) -> float:
+    """Relative error of the gradient that the optimizer gets from `update`."""
+    seen: dict[str, Tensor | None] = {}
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        seen.update({name: param.grad.clone() for name, param in zip(exact, params, strict=True)})
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        update()
+    finally:
+        handle.remove()
+    return relative_error(seen, exact)
 
 
 def hand_loop(
