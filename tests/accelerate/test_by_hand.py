@@ -175,3 +175,74 @@ def no_sync_of(package: str) -> tuple[bool, bool]:
 @pytest.mark.parametrize("package", BOTH)
 def test_models_have_no_sync_where_there_are_ranks(ranks: Any, package: str):
     assert ranks(2).run(no_sync_of, package) == [(True, True)] * 2
+
+
+def beside(package: str, num_steps: int, *, in_blocks: bool) -> list[list[float]]:
+    """The gradients of a model that is not prepared, whose losses go through the accelerator's backward between those
+    of one that is; of both after every turn, the second of which is reduced and the others of which are held."""
+    with entered(package) as door:
+        accelerator = door.Accelerator(gradient_accumulation_steps=num_steps, cpu=True)
+        prepared, plain = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        weights = prepared.weight, plain.weight
+        optimizers = [torch.optim.SGD(prepared.parameters(), lr=0.1)] if in_blocks else []
+        prepared = accelerator.prepare(prepared, *optimizers)
+        prepared = prepared[0] if in_blocks else prepared
+        x = torch.full((2, 1), 1.0 + accelerator.process_index)
+        seen: list[list[float]] = []
+        for turn in range(3):
+            if in_blocks:
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(prepared(x).mean())
+                    accelerator.backward(plain(x).mean())
+            else:
+                accelerator.backward(plain(x).mean())
+                with nullcontext() if turn == 1 else accelerator.no_sync(prepared):
+                    accelerator.backward(prepared(x).mean())
+            seen.append([weight.grad.item() for weight in weights])
+        return seen
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["held", "in blocks"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_model_that_is_not_prepared_gets_the_originals_gradient(
+    ranks: Any, num_ranks: int, in_blocks: bool, num_steps: int
+):
+    jobs = [
+        ranks(2).run(beside_job, package, num_steps, in_blocks)
+        if num_ranks > 1
+        else [beside_job(package, num_steps, in_blocks)]
+        for package in BOTH
+    ]
+    turns = {1: [0, 1, 2], 2: [2] if in_blocks else [1]}[num_ranks]  # where a held gradient is that of one rank
+    for rank, (theirs, ours) in enumerate(zip(*jobs, strict=True)):
+        expected = [(1.0 + rank) * turn / num_steps for turn in (1, 2, 3)]
+        # float32, a rounding or two
+        assert [plain for _, plain in ours] == pytest.approx(expected, rel=1e-6)
+        assert [plain for _, plain in theirs] == pytest.approx(expected, rel=1e-6)
+        if num_steps == 3 or not in_blocks:
+            assert [ours[t][0] for t in turns] == pytest.approx([theirs[t][0] for t in turns], rel=1e-6)
+
+
+def beside_job(package: str, num_steps: int, in_blocks: bool) -> list[list[float]]:
+    return beside(package, num_steps, in_blocks=in_blocks)
+
+
+def prepared_later(package: str) -> list[float]:
+    """A gradient that is held while another model is prepared, and both after that one's reduction."""
+    with entered(package) as door:
+        accelerator = door.Accelerator(cpu=True)
+        x = torch.full((1, 1), 1.0 + accelerator.process_index)
+        first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        weights = first.weight, second.weight
+        first = accelerator.prepare(first)
+        with accelerator.no_sync(first):
+            accelerator.backward(first(x).sum())
+        second = accelerator.prepare(second)
+        accelerator.backward(second(x).sum())
+        return [weight.grad.item() for weight in weights]
+
+
+@pytest.mark.parametrize("package", BOTH)
+def test_a_gradient_that_is_held_outlives_the_preparation_of_another_model(ranks: Any, package: str):
+    assert ranks(2).run(prepared_later, package) == [[1.0, 1.5], [2.0, 1.5]]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from macrobatch.accelerate.gradient_state import GradientState, Reading
 from macrobatch.core.accumulation import Accumulation
+from macrobatch.core.autograd import leaves_of, set_gradient
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import Constant, Normalize, make_policy
@@ -60,7 +61,7 @@ class FedWindow(Accumulation):
         """Whether the pending window is of backwards outside of any block, added up as they are and divided by N."""
         self._adds_up_by_hand = False
         """Whether the loop has ever done more than one backward for a step outside of any block."""
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept = self._unused()
         super().__init__(
             model,
             GradientBuffer(
@@ -117,9 +118,35 @@ class FedWindow(Accumulation):
 
     def settle(self) -> None:
         """As its base; but gradients that a script's own optimizer has not used yet are kept, to be added to."""
-        if self.is_final and not self.is_inside and not self.optimizers:
-            self._kept = [(p, p.grad.clone()) for p in self.parameters() if p.grad is not None]
+        if self.is_final and not self.is_inside:
+            self._kept = self._unused()
         super().settle()
+
+    def release(self) -> None:
+        """Give the parameters back to whoever trains them next. What a script's own optimizer has not used yet stays
+        in their `.grad`: on this rank, if it was not reduced.
+
+        Raises:
+            WindowError: the window is under way.
+        """
+        self.settle()
+        if self.is_inside or (self.is_pending and (self.optimizers or not self._is_by_hand)):
+            raise WindowError(
+                "accumulate",
+                given="models that belong to another window, which is under way, too",
+                expected="windows that share nothing, or one after the other",
+                fix="name the same models in every accumulate block, or call optimizer.zero_grad() in between",
+            )
+        scale = self._world_size if self.is_pending and self.sync.has_peers else 1
+        unused = self._unused()
+        self.gradients.release()
+        for param, gradient in unused:
+            set_gradient(param, gradient.mul_(scale).to(param.dtype))
+
+    def _unused(self) -> list[tuple[Tensor, Tensor]]:
+        """Gradients that a script's own optimizer may still want."""
+        params = [] if self.optimizers else self.parameters()
+        return [(param, param.grad.clone()) for param in params if param.grad is not None]
 
     def finish(self) -> None:
         """As its base; outside of blocks, the sum of the backwards is divided by N, as the original does. A loop with
@@ -224,6 +251,22 @@ class Windows:
             self._known[key] = self._find(models)
         return self._known[key]
 
+    def trains(self, loss: Tensor, *, is_inside: bool) -> bool:
+        """Whether a loss is a window's business: not if it adds to nothing that was prepared, nor, outside of blocks
+        and in one process, if the script steps an optimizer of its own.
+
+        Inside a block of a single process it need not be looked for: there, a window's scale is 1/N in any case.
+        """
+        if self._world_size == 1 and (is_inside or not self.optimizers):
+            return is_inside
+        if not (self.optimizers or self.models or self._made):
+            return False
+        windows = self.all if is_inside else [self.of(())]
+        if any(window.sync.substitutes for window in windows):
+            return True
+        own = _ids_of(*self.optimizers) or {id(param) for window in windows for param in window.parameters()}
+        return any(leaf is None or id(leaf) in own for leaf in leaves_of(loss))
+
     def of_optimizer(self, optimizer: Optimizer) -> FedWindow:
         """The window that an optimizer steps for."""
         window = self._by_optimizer.get(id(optimizer))
@@ -270,22 +313,13 @@ class Windows:
         return self._made[key]
 
     def _retire(self, key: frozenset[int]) -> None:
-        window = self._made[key]
-        window.settle()
-        if window.is_inside or window.is_pending:
-            raise WindowError(
-                "accumulate",
-                given="models that belong to another window, which is under way, too",
-                expected="windows that share nothing, or one after the other",
-                fix="name the same models in every accumulate block, or call optimizer.zero_grad() in between",
-            )
-        window.gradients.release()
+        self._made[key].release()
         del self._made[key]
         self._forget_answers()
 
 
-def _ids_of(optimizer: Optimizer) -> set[int]:
-    return {id(param) for group in optimizer.param_groups for param in group["params"]}
+def _ids_of(*optimizers: Optimizer) -> set[int]:
+    return {id(param) for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]}
 
 
 def restricted(window: FedWindow, windows: Windows) -> dict[str, Any]:

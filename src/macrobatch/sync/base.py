@@ -60,6 +60,9 @@ class Sync:
     repeats = True
     """Whether a window can be run again after a micro-batch that did not fit into memory."""
 
+    substitutes = False
+    """Whether forwards may use other tensors in place of the parameters, so that autograd knows those instead."""
+
     def ranks(self, model: nn.Module) -> Ranks:
         """This process among those that share a macro-batch."""
         return Ranks()

@@ -84,6 +84,7 @@ class ShardedSync(Sync):
     has_peers = True
     streams = False
     repeats = False
+    substitutes = True
 
     def __init__(
         self,

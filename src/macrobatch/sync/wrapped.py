@@ -42,6 +42,7 @@ class WrappedSync(Sync):
     has_peers = True
     streams = False
     repeats = False
+    substitutes = True
     widens = False
 
     def __init__(self, *, cross_check: bool = True) -> None:
