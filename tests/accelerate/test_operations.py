@@ -61,6 +61,7 @@ def collectives(name: str) -> dict[str, Any]:
             "broadcast of objects": operations.broadcast_object_list(objects),
             "sum": operations.reduce(tree(rank)["a"], "sum"),
             "mean": operations.reduce(tree(rank)["a"]),
+            "max": operations.reduce(tree(rank)["a"], "max"),
             "padded": operations.pad_across_processes(ragged, pad_index=7),
             "padded in front": operations.pad_across_processes(ragged, pad_index=7, pad_first=True),
             "padded beyond": operations.pad_across_processes(torch.tensor([rank]), dim=1),
@@ -93,6 +94,21 @@ def reduced_by_none(name: str) -> list[float]:
 def test_no_reduction_keeps_each_ranks_own(ranks: Callable[..., Any]):
     assert ranks(2).run(reduced_by_none, ORIGINAL) == [[3.0], [3.0]]  # the control: it sums
     assert ranks(2).run(reduced_by_none, OURS) == [[1.0], [2.0]]
+
+
+def lent_by_one_rank(lenders: list[int]) -> list[int] | str:
+    with door(OURS) as operations:
+        mine = torch.tensor([3, 4]) if dist.get_rank() in lenders else None
+        try:
+            return operations.copy_tensor_to_devices(mine).tolist()
+        except ArgumentError as error:
+            return str(error)
+
+
+def test_a_tensor_of_one_rank_is_copied_to_all(ranks: Callable[..., Any]):
+    assert ranks(2).run(lent_by_one_rank, [1]) == [[3, 4], [3, 4]]
+    for lenders in ([], [0, 1]):
+        assert all("one on one rank" in text for text in ranks(2).run(lent_by_one_rank, lenders))
 
 
 def mean_of_integers(_: str) -> list[float]:

@@ -261,6 +261,41 @@ def test_without_skipping_the_epoch_begins_again(tmp_path: Path):
         assert [rows(batch) for batch in loader] == following
 
 
+def resumed(kind: str, folder: Path) -> list[list[list[int]]]:
+    """This rank's batches of the rest and of the next epoch, with a stateful loader."""
+    with door(**options_of(kind), use_stateful_dataloader=True) as accelerator:
+        loader = accelerator.prepare(loader_of(kind))
+        accelerator.load_state(str(folder / "checkpoint"))
+        return [[rows(batch) for batch in loader] for _ in range(2)]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 11])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stateful_loader_skips_by_itself(kind: str, stop: int, tmp_path: Path):
+    whole, following = interrupted(kind, 1, stop, tmp_path)
+    expected = [whole[stop:], following] if stop < len(whole) else [following]
+    assert resumed(kind, tmp_path)[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stateful_loaders_of_two_ranks_skip_by_themselves(ranks: Any, kind: str, tmp_path: Path):
+    before = ranks(2).run(interrupted, kind, 1, 3, tmp_path)
+    for (whole, following), after in zip(before, ranks(2).run(resumed, kind, tmp_path), strict=True):
+        assert after == [whole[3:], following]
+
+
+def test_a_stateful_loader_that_is_left_begins_its_epoch_again():
+    with door(use_stateful_dataloader=True) as accelerator:
+        loader = accelerator.prepare(loader_of("generator"))
+        batches = iter(loader)
+        seen = [rows(next(batches)) for _ in range(4)]
+        state = loader.state_dict()
+        rest = [rows(batch) for batch in batches]
+        loader.load_state_dict(state)
+        assert [rows(next(iter(loader)))] == rest[:1]
+        assert [rows(batch) for batch in loader] == seen + rest
+
+
 def test_a_loader_alone_goes_on():
     """`state_dict` and `load_state_dict` of the loader, without a checkpoint of everything else."""
     with door() as accelerator:

@@ -66,7 +66,6 @@ NOT_THERE = {
         for name in ["HPU", "MLU", "MUSA", "NEURON", "NPU", "SDAA", "XLA", "XPU"]
     },
     "utils.operations.chained_operation": INTERNAL,
-    "utils.operations.copy_tensor_to_devices": INTERNAL,
     "utils.operations.gather_tensor_shape": INTERNAL,
     "utils.operations.get_shape": INTERNAL,
     "utils.operations.is_torch_xpu_tensor": HARDWARE,

@@ -54,6 +54,12 @@ class Attendance:
             if saved == what:
                 _LOG.warning("Rank %d came late to save_state: its random state is not in %s.", rank, what)
                 return "late"
+            _LOG.warning(
+                "Rank %d waits to save to %s; the main process has saved to %s. All ranks have to name one folder.",
+                rank,
+                what,
+                saved,
+            )
 
     def _decide(self, store: Store, what: str, world_size: int) -> Present:
         number = store.add("calls/0", 1)

@@ -57,7 +57,7 @@ def prepare_data_loader(
 
     Args:
         dispatch_batches: rank 0 reads for all; by default, for an `IterableDataset` that goes on a device.
-        use_stateful_dataloader: accepted; every prepared loader has `state_dict` and `load_state_dict`.
+        use_stateful_dataloader: after `load_state_dict`, the next iteration leaves out what was seen.
 
     Raises:
         ArgumentError: batches cannot be split evenly, or are to be dispatched to nowhere.
@@ -73,11 +73,11 @@ def prepare_data_loader(
         )
     if split_batches:
         _check_divisible(dataloader, num_ranks)
-    options: dict[str, Any] = {name: getattr(dataloader, name) for name in OPTIONS}
-    options |= {
+    options: dict[str, Any] = {name: getattr(dataloader, name) for name in OPTIONS} | {
         "device": device if put_on_device else None,
         "_drop_last": dataloader.drop_last,
         "_non_blocking": non_blocking,
+        "use_stateful_dataloader": use_stateful_dataloader,
         "torch_device_mesh": torch_device_mesh,
     }
     if use_seedable_sampler and isinstance(get_sampler(dataloader), RandomSampler):

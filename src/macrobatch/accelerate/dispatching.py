@@ -44,6 +44,7 @@ class DataLoaderDispatcher(DataLoaderShard):
         super().__init__(
             dataset,
             skip_batches=skip_batches,
+            use_stateful_dataloader=use_stateful_dataloader,
             _drop_last=_drop_last,
             _non_blocking=_non_blocking,
             torch_device_mesh=torch_device_mesh,
@@ -78,7 +79,7 @@ class DataLoaderDispatcher(DataLoaderShard):
         is_first, nothing = self.state.process_index == 0, [None] * self.state.num_processes
         shares = self._shares() if is_first else iter(())
         position = self.position
-        position.num_batches, position.num_together = self.skip_batches, self.num_skipped
+        position.num_batches, position.num_together = self.num_skipped_here, self.num_skipped
         while True:
             received = self._scattered(next(shares, nothing) if is_first else None)
             if received is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from macrobatch.accelerate.windows import FedWindow, Windows
 from macrobatch.core.weighting import Plan
+from macrobatch.errors import ArgumentError
 from macrobatch.sync.peers import Peers
 
 __all__ = ["joined"]
@@ -52,17 +54,34 @@ def joined(windows: Windows, loaders: Sequence[Any], accelerator: Any, *, even_b
 
     At its end the rank that made the most updates hands on parameters, module buffers, and the state of optimizers and
     schedulers, so that all go on from one state.
+
+    Raises:
+        ArgumentError: the model's forward is a collective itself.
     """
     samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in loaders]
-    samplers = [sampler for sampler in samplers if hasattr(sampler, "even_batches")]
-    before = [sampler.even_batches for sampler in samplers]
+    evened = [sampler for sampler in samplers if hasattr(sampler, "even_batches")]
     if accelerator.num_processes == 1:
         yield
         return
-    for sampler in samplers if even_batches is not None else ():
-        sampler.even_batches = even_batches
     window = windows.of(())
     window.begin()
+    if not window.sync.streams:
+        raise ArgumentError(
+            "join_uneven_inputs",
+            given="a model that is wrapped in DistributedDataParallel, or sharded: a rank without data would have to "
+            "run its forward",
+            expected="the model as prepare returns it by default",
+            fix="leave DistributedDataParallelKwargs or the FSDP plugin out, or keep even_batches=True",
+        )
+    if even_batches is not None and len(evened) < len(loaders):
+        warnings.warn(
+            "join_uneven_inputs: given even_batches with a loader that has no such setting; expected loaders of "
+            "indices, as it is only supported for map-style datasets. To fix it, leave even_batches out.",
+            stacklevel=4,
+        )
+    before = [sampler.even_batches for sampler in evened]
+    for sampler in evened if even_batches is not None else ():
+        sampler.even_batches = even_batches
     roll = _Roll(window)
     window.sync.plan = roll.plan
     try:
@@ -71,7 +90,7 @@ def joined(windows: Windows, loaders: Sequence[Any], accelerator: Any, *, even_b
         _level(window, accelerator)
     finally:
         del window.sync.plan
-        for sampler, was_even in zip(samplers, before, strict=True):
+        for sampler, was_even in zip(evened, before, strict=True):
             sampler.even_batches = was_even
 
 

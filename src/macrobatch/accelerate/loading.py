@@ -77,7 +77,8 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         device: where batches go; None leaves them.
         rng_types: generators that all ranks take over from rank 0 when an epoch begins.
         skip_batches: how many to leave out at the beginning of an epoch.
-        use_stateful_dataloader: accepted; every loader has `state_dict` and `load_state_dict`.
+        use_stateful_dataloader: after `load_state_dict`, the next iteration leaves out what was seen; without it,
+            `skip_first_batches` does.
         kwargs: as for `DataLoader`.
     """
 
@@ -102,6 +103,8 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         self.synchronized_generator = synchronized_generator
         self.skip_batches = skip_batches
         self.num_skipped_together: int | None = None
+        self.resumes = use_stateful_dataloader
+        self._num_seen: int | None = None
         self.gradient_state = GradientState()
         self.position = Position()
         self.position.epoch = iteration
@@ -179,6 +182,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
             yield from self._epoch()
             self._advance()
         finally:
+            self._num_seen = None
             self.end()
 
     def _advance(self) -> None:
@@ -196,7 +200,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
     def _epoch(self) -> Iterator[Any]:
         position = self.position
         batches, total = self._batches(self.num_skipped)
-        position.num_batches, position.num_together = self.skip_batches, self.num_skipped
+        position.num_batches, position.num_together = self.num_skipped_here, self.num_skipped
         state, num_at_once = self.gradient_state, self.num_at_once
         device = self.device if torch.accelerator.is_available() else None  # else there is no other device to leave
         for batch, is_last in marked(batches, total):
@@ -212,7 +216,12 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         """Batches of the sampler that are left out, for all ranks together."""
         if self.num_skipped_together is not None:
             return self.num_skipped_together
-        return self.skip_batches * self.num_at_once
+        return self.skip_batches * self.num_at_once if self._num_seen is None else self._num_seen
+
+    @property
+    def num_skipped_here(self) -> int:
+        """Batches that are left out, of this rank."""
+        return -(-self.num_skipped // self.num_at_once)
 
     def _batches(self, num_skipped: int) -> tuple[Iterator[Any], int | None]:
         """The epoch's batches without the first, and how many there are, if that is known."""
@@ -320,7 +329,8 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The next iteration is of the saved epoch, in its order; `skip_first_batches` leaves out what was seen.
+        """The next iteration is of the saved epoch, in its order; what was seen is left out by `skip_first_batches` or,
+        with `use_stateful_dataloader`, by itself.
 
         Raises:
             StateError: it is not a loader's state.
@@ -330,6 +340,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         position.epoch, position.start = state_dict["epoch"], state_dict["start"]
         position.num_batches, position.num_together = state_dict["num_batches"], state_dict["num_batches_together"]
         position.is_restored, position.is_at_end = position.num_batches > 0, state_dict["is_at_end"]
+        self._num_seen = position.num_together if self.resumes and not position.is_at_end else None
         if isinstance(sampler, SeedableRandomSampler) and state_dict["initial_seed"] is not None:
             sampler.initial_seed = state_dict["initial_seed"]
         elif hasattr(sampler, "generator") and state_dict["generator"] is not None:

@@ -85,6 +85,12 @@ class PartialState:
             "To fix it, construct an Accelerator or a PartialState first (again, after a reset)."
         )
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PartialState) and self.__dict__ == other.__dict__  # one of another process is not
+
+    def __hash__(self) -> int:
+        return hash(PartialState)
+
     def __repr__(self) -> str:
         return (
             f"Distributed environment: {self.distributed_type}  Backend: {self.backend}\n"
