@@ -54,6 +54,7 @@ from macrobatch.accelerate.utils.other import (
 )
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.io import partial_folder, recover
+from macrobatch.core.autograd import gradients_aside
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 
 __all__ = ["Checkpoints"]
@@ -383,7 +384,8 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any], models: Sequence[nn.M
     owner = _sharded_owner(optimizer, models)
     if owner is None:
         optimizer.load_state_dict(state)
-    else:
+        return
+    with gradients_aside(owner.parameters()):  # torch makes the state that it fills by a step, if there are none
         set_optimizer_state_dict(owner, optimizer.optimizer, state, options=_WHOLE)
 
 

@@ -46,7 +46,7 @@ class FedWindow(Accumulation):
         overlaps: bool,
     ) -> None:
         model = models[0] if len(models) == 1 else nn.ModuleList(models)
-        sync = make_sync("auto", model, overlaps=overlaps)
+        sync = make_sync("auto", model, overlaps=overlaps, is_lean=state.sync_each_batch)
         self.optimizers = list(optimizers)
         self.models = list(models)
         self.state = state

@@ -18,6 +18,7 @@ __all__ = [
     "accepts_wider",
     "accumulation_dtype",
     "backward",
+    "gradients_aside",
     "leaves_of",
     "refuse_sparse",
     "set_gradient",
@@ -48,6 +49,20 @@ def set_gradient(param: Tensor, gradient: Tensor | None) -> None:
         param.grad = None
         param.grad_dtype = gradient.dtype
     param.grad = gradient
+
+
+@contextmanager
+def gradients_aside(params: Iterable[Tensor]) -> Generator[None]:
+    """For the time of what makes gradients of its own, none of these has one, or wants another dtype than its own."""
+    held = [(param, param.grad) for param in params]
+    for param, _ in held:
+        param.grad = None
+        param.grad_dtype = param.dtype
+    try:
+        yield
+    finally:
+        for param, gradient in held:
+            set_gradient(param, gradient)
 
 
 @contextmanager

@@ -16,11 +16,12 @@ from macrobatch.sync.wrapped import WrappedSync
 __all__ = ["LocalSync", "Policy", "ReplicatedSync", "ShardedSync", "Sync", "WrappedSync", "make_sync"]
 
 
-def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True) -> Sync:
+def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean: bool = False) -> Sync:
     """The strategy for a name, for a strategy itself, or for what the process and the model are.
 
     Args:
         overlaps: whether backwards are autograd's own, so that a strategy may work during the last one.
+        is_lean: hold as little as possible between micro-batches, where a strategy has the choice.
 
     ```pycon
     >>> make_sync("auto", nn.Linear(1, 1)).has_peers
@@ -39,9 +40,7 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True) -> Sync:
             return LocalSync()
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
-        return (
-            ShardedSync()
-            if any(isinstance(m, FSDPModule) for m in model.modules())
-            else ReplicatedSync(overlap=overlaps)
-        )
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            return ShardedSync(policy=Policy(keep_parameters=False, reduce_last=False) if is_lean else None)
+        return ReplicatedSync(overlap=overlaps)
     raise ArgumentError("sync", given=sync, expected='"auto", "local" or a Sync object', fix='leave it at "auto"')
