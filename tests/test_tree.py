@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict, defaultdict
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -367,6 +368,7 @@ def leaves_with_rows(num_rows: int) -> st.SearchStrategy[Any]:
     return tensors | arrays | lists
 
 
+@functools.cache  # building a strategy takes longer than drawing from it
 def batches(num_rows: int) -> st.SearchStrategy[Any]:
     without_rows = st.sampled_from([None, 1, 0.5, "text", torch.tensor(2.0), np.array(1), ()])
     inner = st.recursive(

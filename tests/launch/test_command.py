@@ -24,6 +24,18 @@ import time
 time.sleep(60)  # torchrun ends it
 """
 
+# As little as needs the other rank.
+SUMS = """
+import json, sys
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(())
+dist.all_reduce(total)
+sys.stdout.write(json.dumps({"rank": dist.get_rank(), "total": total.item(), "arguments": sys.argv[1:]}) + "\\n")
+dist.destroy_process_group()
+"""
+
 
 @pytest.fixture
 def no_gpu(monkeypatch):
@@ -125,11 +137,16 @@ def test_a_job_in_each_task_of_another_launcher_is_refused(environ):
     assert Options(nnodes="4", rdzv="host-a").arguments(environ)  # one torchrun a machine is fine
 
 
-def test_two_jobs_at_once_and_all_that_follows_the_script_is_its_own(start, cli, job, seen, check):
-    jobs = [start(*cli, "launch", "--nproc", "2", job, "--nproc", name, "-x") for name in ("one", "two")]
-    for program, name in zip(jobs, ("one", "two"), strict=True):
-        ranks = seen(program)
-        check(ranks, local_ranks=[0, 1])
+def test_two_jobs_at_once_and_all_that_follows_the_script_is_its_own(start, cli, job, seen, check, tmp_path):
+    (tmp_path / "sums.py").write_text(SUMS, encoding="utf-8")
+    jobs = [
+        start(*cli, "launch", "--nproc", "2", script, "--nproc", name, "-x")
+        for script, name in ((job, "one"), ("sums.py", "two"))
+    ]
+    first, second = map(seen, jobs)
+    check(first, local_ranks=[0, 1])
+    assert [each["total"] for each in second] == [2.0, 2.0]
+    for ranks, name in ((first, "one"), (second, "two")):
         assert [each["arguments"] for each in ranks] == [["--nproc", name, "-x"]] * 2
 
 
