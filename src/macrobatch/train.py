@@ -36,7 +36,7 @@ from macrobatch.core.update import NonFinite, Update
 from macrobatch.core.weighting import Normalize, Plan, make_policy
 from macrobatch.core.window import Window
 from macrobatch.data import MacroBatchLoader
-from macrobatch.errors import ArgumentError, BatchError, LossError, StateError
+from macrobatch.errors import ArgumentError, BatchError, LossError, PeerError, StateError
 from macrobatch.plan.autosize import Autosize, Cut, autosized
 from macrobatch.plan.capture import Capture, captured
 from macrobatch.plan.split import Auto, Split, make_split
@@ -215,6 +215,8 @@ class TrainStep:
                 cut = None
                 micro_batches = [] if batch is None else self.split.split(batch)
             expected = self._counted(batch)
+        except PeerError:  # they have failed already
+            raise
         except Exception:
             self._step.fail(counted=self._count is not None)
             raise

@@ -1,16 +1,20 @@
 """What a forward changes besides gradients: module buffers and random number generators, to be put back when a window
-is refused or replayed."""
+is refused or replayed; and whether its micro-batches are still what they were."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RngStates", "Snapshot", "rng_states", "set_rng_states"]
+from macrobatch import tree
+from macrobatch.errors import LossError, WindowError
+
+__all__ = ["RngStates", "Snapshot", "check_unchanged", "rng_states", "set_rng_states", "versions_of"]
 
 
 TorchStates = tuple[Tensor, Tensor | None]
@@ -92,3 +96,35 @@ def set_rng_states(device: torch.device, states: RngStates) -> None:
     set_torch_states(device, states.torch)
     random.setstate(states.python)
     np.random.set_state(states.numpy)
+
+
+def versions_of(micro_batches: Iterable[tuple[Any, int]]) -> list[int]:
+    """How often each tensor of the micro-batches has been changed in place."""
+    leaves = [leaf for micro_batch, _ in micro_batches for leaf in tree.leaves(micro_batch)]
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def check_unchanged(micro_batches: Iterable[tuple[Any, int]], versions: list[int] | None) -> None:
+    """Refuse to run micro-batches once more that are gone, or are not what they were.
+
+    Args:
+        versions: what `versions_of` said before; None if nobody asked.
+
+    Raises:
+        WindowError: they were a stream.
+        LossError: the loss function has changed them in place.
+    """
+    if not isinstance(micro_batches, list):
+        raise WindowError(
+            "the window",
+            given="a stream of micro-batches",
+            expected="a list: memory ran out on another rank, and all ranks have to run the window again",
+            fix="pass a list of micro-batches, or the same micro_batch to the steps of all ranks",
+        )
+    if versions is not None and versions != versions_of(micro_batches):
+        raise LossError(
+            "loss_fn",
+            given="a batch that it changes in place",
+            expected="a batch that stays as it is: this window runs it more than once",
+            fix="work on a copy, x = x / 255 instead of x.div_(255)",
+        )

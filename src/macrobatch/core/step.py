@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,13 +18,13 @@ from macrobatch.core.events import Event, Listener, MicroBatchDone, Skipped, Upd
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.result import StepResult
-from macrobatch.core.snapshot import Snapshot, rng_states, set_rng_states
+from macrobatch.core.snapshot import Snapshot, check_unchanged, rng_states, set_rng_states, versions_of
 from macrobatch.core.tally import Seeds, Tally
 from macrobatch.core.twopass import TwoPass
 from macrobatch.core.update import Update, Verdict
 from macrobatch.core.weighting import Exact, Normalize, Plan
 from macrobatch.core.window import Window
-from macrobatch.errors import BatchError, LossError, NotYetError, WindowError
+from macrobatch.errors import BatchError, NotYetError, WindowError
 from macrobatch.sync.base import Again, Sync
 
 __all__ = ["LossFn", "MicroBatch", "Smaller", "Step"]
@@ -147,7 +148,7 @@ class Step:
         try:
             if isinstance(micro_batches, list):
                 plan = plan._replace(spare=micro_batches[0][0] if micro_batches else self._spare)
-            plan = self.sync.plan(plan._replace(is_coupled=isinstance(self.loss_fn, TwoPass)))
+            plan = plan._replace(is_coupled=isinstance(self.loss_fn, TwoPass), repeats=smaller is not None)
             gradient = self._until_it_fits(micro_batches, plan, before, smaller)
         except BaseException:
             self.window.discard()
@@ -160,15 +161,16 @@ class Step:
         return gradient
 
     def _until_it_fits(
-        self, micro_batches: Iterable[MicroBatch], plan: Plan, before: Snapshot, smaller: Smaller | None
+        self, micro_batches: Iterable[MicroBatch], share: Plan, before: Snapshot, smaller: Smaller | None
     ) -> Gradient:
+        plan = self.sync.plan(share)
         # A host does not raise OutOfMemoryError, and its peers are not asked to run again. Python's and NumPy's
         # generators take 60 us to note, a twentieth of a window of tiny micro-steps; PyTorch's are in the snapshot.
         may_run_again = smaller is not None or (self.sync.has_peers and self.device.type != "cpu")
         states = rng_states(self.device) if may_run_again else None
         while True:
             may_repeat = self.update.replays or (self.sync.has_peers and smaller is None)
-            versions = _versions(micro_batches) if may_repeat and isinstance(micro_batches, list) else None
+            versions = versions_of(micro_batches) if may_repeat and isinstance(micro_batches, list) else None
             try:
                 loss_fn = self._first_pass(micro_batches, plan, before, smaller)
                 tally, num_samples = self._accumulate(self._admitted(micro_batches), plan, loss_fn, smaller)
@@ -177,6 +179,8 @@ class Step:
                 micro_batches = again.micro_batches or self._same_again(micro_batches, versions, smaller)
             if isinstance(micro_batches, list):
                 self.window.size = max(len(micro_batches), 1)
+                if self.sync.in_step:
+                    plan = self.sync.plan(share._replace(num_micro_batches=len(micro_batches)))
             self.window.restart()
             before.restore()
             if states is not None:
@@ -192,7 +196,7 @@ class Step:
         except torch.OutOfMemoryError as error:
             if smaller is None:
                 raise
-            raise self._again(error, smaller) from None
+            raise self._again(error, smaller, lambda: None) from None
 
     def _accumulate(
         self,
@@ -210,7 +214,7 @@ class Step:
             num_micro_batches=plan.num_micro_batches,
             seeds=self._seeds,
         )
-        num_samples = 0
+        num_samples, index, micro_batch = 0, 0, plan.spare
         try:
             with self.micro_step.window(), self.into(self.gradients):
                 for index, (micro_batch, num_rows, is_last) in enumerate(self._padded(micro_batches, plan)):
@@ -221,7 +225,8 @@ class Step:
                         self._emit(MicroBatchDone(index=index, is_last=is_last))
         except torch.OutOfMemoryError as error:
             if smaller is not None:
-                raise self._again(error, smaller) from None
+                rest = partial(self._idle, loss_fn, micro_batch, tally, (plan.num_to_run or 0) - index)
+                raise self._again(error, smaller, rest) from None
             self.sync.close(self.gradients, None)
             raise
         except Exception:
@@ -230,11 +235,19 @@ class Step:
         self.sync.close(self.gradients, tally)
         return tally, num_samples
 
-    def _again(self, error: torch.OutOfMemoryError, smaller: Smaller) -> Again:
+    def _again(self, error: torch.OutOfMemoryError, smaller: Smaller, rest: Callable[[], object]) -> Again:
         traceback.clear_frames(error.__traceback__)  # they hold the graph that did not fit
-        micro_batches = self._told(lambda: smaller(error))
+        self.sync.catch_up(self.gradients, rest)
         self.sync.again(self.gradients)
-        return Again(micro_batches)
+        return Again(self._told(lambda: smaller(error)))
+
+    def _idle(self, loss_fn: LossFn, micro_batch: Any, tally: Tally, num: int) -> None:
+        """Run the last micro-batches of a window with as little in them as a loss function may ask for."""
+        few = tree.select(micro_batch, slice(0, 2))
+        with self.micro_step.window(), self.into(self.gradients):
+            for following in reversed(range(num)):
+                with self.sync.micro_batch(self.gradients, is_last=not following):
+                    self.micro_step(loss_fn, few, 0, tally)
 
     def _same_again(
         self, micro_batches: Iterable[MicroBatch], versions: list[int] | None, smaller: Smaller | None
@@ -242,7 +255,7 @@ class Step:
         """Memory ran out on another rank, which has sent a part of its gradients."""
         if smaller is not None:
             return self._told(lambda: smaller(None))
-        self._told(lambda: _check_unchanged(micro_batches, versions))
+        self._told(lambda: check_unchanged(micro_batches, versions))
         return micro_batches
 
     def _told(self, action: Callable[[], T]) -> T:
@@ -284,7 +297,7 @@ class Step:
                 expected='normalize="exact": its loss is one number for the whole macro-batch',
                 fix='leave normalize at "exact"',
             )
-        versions = _versions(micro_batches)
+        versions = versions_of(micro_batches)
         runs = [run[:2] for run in self._padded(((*each, False) for each in micro_batches), plan)]
         loss_fn = self.loss_fn.over(
             self.model,
@@ -294,7 +307,7 @@ class Step:
             device=self.device,
             among=self.sync.among,
         )
-        _check_unchanged(micro_batches, versions)
+        check_unchanged(micro_batches, versions)
         return loss_fn
 
     def _apply(self, closure: Callable[[], Callable[[], Tensor]]) -> None:
@@ -316,7 +329,7 @@ class Step:
                 at_hand.clear()
                 return torch.tensor(result.loss, dtype=torch.float64, device=self.device)
             micro_batches, plan, before = gradient.micro_batches, gradient.plan, gradient.before
-            _check_unchanged(micro_batches, gradient.versions)
+            check_unchanged(micro_batches, gradient.versions)
             before.restore()
             loss_fn = self.window_loss(micro_batches, plan, before)
             tally, _ = self._accumulate(((*micro_batch, False) for micro_batch in micro_batches), plan, loss_fn)
@@ -328,10 +341,13 @@ class Step:
 
     def _padded(self, micro_batches: Iterable[tuple[Any, int, bool]], plan: Plan) -> Iterator[tuple[Any, int, bool]]:
         """The window's micro-batches and, if other ranks run more, the last one again, as one of no samples."""
-        if plan.num_to_run is None:
-            yield from micro_batches
-            return
         spare, num = plan.spare, 0
+        if plan.num_to_run is None:
+            for spare, num_rows, is_last in micro_batches:
+                yield spare, num_rows, is_last and not plan.num_idle
+            for following in reversed(range(plan.num_idle)):
+                yield tree.select(spare, slice(0, 2)), 0, not following
+            return
         for spare, num_rows, _ in micro_batches:
             num += 1
             yield spare, num_rows, num == plan.num_to_run
@@ -361,26 +377,3 @@ class Step:
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-
-
-def _versions(micro_batches: Iterable[MicroBatch]) -> list[int]:
-    """How often each tensor of the micro-batches has been changed in place."""
-    leaves = [leaf for micro_batch, _ in micro_batches for leaf in tree.leaves(micro_batch)]
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
-
-
-def _check_unchanged(micro_batches: Iterable[MicroBatch], versions: list[int] | None) -> None:
-    if not isinstance(micro_batches, list):
-        raise WindowError(
-            "the window",
-            given="a stream of micro-batches",
-            expected="a list: memory ran out on another rank, and all ranks have to run the window again",
-            fix="pass a list of micro-batches, or the same micro_batch to the steps of all ranks",
-        )
-    if versions is not None and versions != _versions(micro_batches):
-        raise LossError(
-            "loss_fn",
-            given="a batch that it changes in place",
-            expected="a batch that stays as it is: this window runs it more than once",
-            fix="work on a copy, x = x / 255 instead of x.div_(255)",
-        )

@@ -81,6 +81,8 @@ class Plan(NamedTuple):
         num_to_run: how many this rank has to run, if more than it has, with weight zero.
         spare: what to run then, if it has none.
         is_coupled: ranks work together before their first backward, so that all of them have to begin.
+        repeats: the window can be run again in smaller micro-batches, should memory not suffice.
+        num_idle: micro-batches to run at the end of it, with weight zero, however many there were.
     """
 
     num_micro_batches: int | None
@@ -89,3 +91,5 @@ class Plan(NamedTuple):
     num_to_run: int | None = None
     spare: Any = None
     is_coupled: bool = False
+    repeats: bool = False
+    num_idle: int = 0

@@ -22,7 +22,7 @@ from macrobatch.core.loss import Weight
 from macrobatch.core.step import MicroBatch, Step
 from macrobatch.core.twopass import TwoPass
 from macrobatch.core.weighting import Exact
-from macrobatch.errors import ArgumentError, LossError, NoMemoryError
+from macrobatch.errors import ArgumentError, LossError, NoMemoryError, PeerError
 from macrobatch.plan.cache import Cache
 from macrobatch.plan.memory import memory_of
 from macrobatch.plan.rehearsal import Rehearsal, pending_state_bytes
@@ -52,11 +52,11 @@ class Autosize:
 
     def __init__(self, auto: Auto, step: Step, expected: Expected, capture: object) -> None:
         is_coupled = isinstance(step.loss_fn, TwoPass) and step.sync.has_peers
-        if step.policy != Exact() or not step.sync.repeats or is_coupled:
+        if step.policy != Exact() or not step.sync.repeats(step.model) or is_coupled:
             raise ArgumentError(
                 "micro_batch",
                 given=f'"auto" with {step.policy} and {type(step.sync).__name__}' + " and TwoPass" * is_coupled,
-                expected='normalize="exact", and ranks that can run a window again each by itself',
+                expected='normalize="exact", and ranks that can run a window again',
                 fix="pass a number of samples that fits, for example micro_batch=16",
             )
         self.auto = auto
@@ -90,17 +90,39 @@ class Autosize:
             [(micro_batch, num_rows)] if whole <= self.size else self.auto.of(max(self.size, least)).split(micro_batch)
         )
 
-    def shrink(self, error: torch.OutOfMemoryError, largest: int, least: int) -> None:
-        """A micro-batch did not fit: half of the largest of its window from now on.
+    def shrink(
+        self, error: torch.OutOfMemoryError | None, largest: int, least: int, problem: Exception | None = None
+    ) -> None:
+        """A micro-batch did not fit: half of the largest of its window from now on. Of ranks that run in step, every
+        one calls this, and all take the least.
+
+        Args:
+            error: of this rank; None if it happened to others.
+            largest: micro-batch of the window on this rank; 0 if it had none.
+            least: size that its samples can be cut to.
+            problem: why it cannot run again, if so; raised when others have heard of it.
 
         Raises:
             NoMemoryError: it was a single sample.
+            PeerError: it was, on another rank.
         """
-        if largest <= least:
-            raise _no_memory(self.auto.unit, largest, error)
-        self._ceiling = max(self._ceiling, self.size or largest)
-        self.size, before = max(-(-largest // 2), least), self.size or largest
-        self._num_clean = 0
+        before = self.size or largest
+        wanted = (self.size or math.inf) if error is None else max(-(-largest // 2), least)
+        if problem is None and error is not None and largest <= least:
+            problem = _no_memory(self.auto.unit, largest, error)
+        if not self._step.sync.in_step and error is None and problem is None:
+            return
+        size, ceiling = self._step.sync.agree([0 if problem else wanted, -max(self._ceiling, before)])
+        if problem is not None:
+            raise problem
+        if size < 1:
+            raise PeerError(
+                "the window",
+                given="memory that ran out, and a rank that cannot run it again in smaller micro-batches",
+                expected="room for a single sample, and batches that stay as they are; nothing was changed here",
+                fix="look at the error of the rank that failed",
+            )
+        self.size, self._ceiling, self._num_clean = round(size), round(-ceiling), 0
         if self._has_grown:
             self._patience = min(2 * self._patience, _MAX_PATIENCE)
         self._memory.release()
@@ -109,7 +131,7 @@ class Autosize:
             self.size,
             self.auto.unit,
             before,
-            _first_line(error),
+            "on another rank" if error is None else _first_line(error),
         )
 
     def clean(self) -> None:
@@ -130,25 +152,32 @@ class Autosize:
 
     def _plan(self, batch: Any) -> None:
         total, least = (0, 0) if batch is None else self.auto.sizes(batch, tree.num_rows(batch))
-        (lowest,) = self._step.sync.agree([total])
-        if lowest < 1:  # some rank has nothing to try; with the next macro-batch, then
+        self._step.begin()
+        total, least = self._agreed(total, -least)
+        least = -least
+        if total < 1:  # some rank has nothing to try; with the next macro-batch, then
             self.size = self.size or max(least, 1)
             return
-        total = int(lowest)
         key = self._key(batch, total)
         remembered = self._remembered(key)
-        self.survey = remembered or self._surveyed(batch, total, least)
-        if remembered is None:
+        size = 0 if remembered is None else remembered.size
+        low, high = self._agreed(size, -size)
+        if remembered is None or low != -high:
+            remembered = None
+            self.survey = self._surveyed(batch, total, least)
             self._cache.store(key, self.survey.as_dict())
+        else:
+            self.survey = remembered
         self.size = self._ceiling = self.survey.size
         _LOG.info("micro-batch: %s", describe(self.survey, is_remembered=remembered is not None))
 
     def _surveyed(self, batch: Any, total: int, least: int) -> Survey:
-        self._step.begin()
         rehearsal = Rehearsal(self._step, self._memory, self._expected(batch))
         reserved = pending_state_bytes(self._step.update.optimizers)
         capacity = self._memory.capacity_bytes()
-        limit = None if capacity is None else max(int(self.auto.memory_fraction * capacity) - reserved, 0)
+        (limit,) = self._agreed(
+            math.inf if capacity is None else max(int(self.auto.memory_fraction * capacity) - reserved, 0)
+        )
         rehearsal.peak_bytes(self._trial(batch, min(2 * least, total)))  # libraries set themselves up in a first run
 
         peaks: dict[int, int | None] = {}
@@ -156,8 +185,8 @@ class Autosize:
         def peak_bytes(size: int) -> int | None:
             if size not in peaks:
                 peak = rehearsal.peak_bytes(self._trial(batch, size))
-                (negative,) = self._step.sync.agree([-math.inf if peak is None else -peak])
-                peaks[size] = None if negative == -math.inf else int(-negative)
+                (least,) = self._agreed(-math.inf if peak is None else -peak)
+                peaks[size] = None if least is None else -least
             return peaks[size]
 
         def seconds(size: int) -> float:
@@ -180,13 +209,19 @@ class Autosize:
             reason="the fastest of what fits" if size < total else "the fastest: all at once",
         )
 
+    def _agreed(self, *numbers: float) -> list[Any]:
+        """The least of each over ranks that run in step, as integers; None for an infinite one."""
+        return [int(n) if math.isfinite(n) else None for n in self._step.sync.agree(numbers)]
+
     def _candidates(self, batch: Any, total: int, least: int, largest: int) -> Iterator[tuple[int, int]]:
         """Sizes, the largest first, and how many micro-batches they make of the batch: twice as many each time."""
         num = -(-total // largest)
         seen: set[int] = set()
         while (size := min(max(-(-total // num), least), largest)) not in seen:
             seen.add(size)
-            yield size, num if self.auto.lengths is None else len(self.auto.of(size).split(batch))
+            num_in_all = num if self.auto.lengths is None else len(self.auto.of(size).split(batch))
+            (negative,) = self._agreed(-num_in_all)
+            yield size, -negative
             num *= 2
 
     def _trial(self, batch: Any, size: int) -> Any:
@@ -261,16 +296,16 @@ class Cut:
             NoMemoryError: it had single samples already.
             LossError: the loss function has changed the samples in place.
         """
+        problem = None
         if any(leaf._version != version for leaf, version in self._versions):
-            raise LossError(
+            problem = LossError(
                 "loss_fn",
                 given="a batch that it changes in place",
                 expected="a batch that stays as it is: memory ran out, and this window has to run again",
                 fix="work on a copy, x = x / 255 instead of x.div_(255)",
             )
-        if error is not None:
-            least = max(self._autosize.auto.sizes(*given)[1] for given in self._kept)
-            self._autosize.shrink(error, self._largest, least)
+        least = max([self._autosize.auto.sizes(*given)[1] for given in self._kept], default=1)
+        self._autosize.shrink(error, self._largest, least, problem)
         return self if self._is_stream else [*self]
 
     def clean(self) -> None:

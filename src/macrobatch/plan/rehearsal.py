@@ -8,7 +8,9 @@ a loss function does besides computing a loss.
 from __future__ import annotations
 
 import inspect
+import math
 import time
+import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +23,7 @@ from macrobatch import tree
 from macrobatch.core.autograd import set_gradient
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Weight
-from macrobatch.core.microstep import MicroStep
+from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.snapshot import Snapshot, rng_states, set_rng_states
 from macrobatch.core.step import Step
 from macrobatch.core.tally import Tally
@@ -30,7 +32,7 @@ from macrobatch.plan.memory import Memory
 
 __all__ = ["Rehearsal", "pending_state_bytes"]
 
-_MIN_TIMED_S, _MAX_TIMED = 0.2, 5
+_MIN_TIMED_S, _MIN_TIMED, _MAX_TIMED = 0.2, 2, 5
 _REFERRED = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -43,13 +45,12 @@ class Rehearsal:
         expected: weights counted ahead for the macro-batch, if its loss has several terms.
     """
 
-    def __init__(
-        self, step: Step, memory: Memory, expected: Mapping[str, Weight] | Weight | None, *, num_passes: int = 1
-    ) -> None:
+    def __init__(self, step: Step, memory: Memory, expected: Mapping[str, Weight] | Weight | None) -> None:
         self._step = step
         self._memory = memory
         self._expected = expected
-        self._num_passes = num_passes
+        # In step, ranks hold most between two micro-batches, and what they hold is taken back in the last one.
+        self._num_passes = 2 if step.sync.in_step else 1
         # Eagerly: a capture would keep memory for each size that is tried.
         self._micro_step = MicroStep().bind(
             step.model, step.gradients, precision=step.update.precision, device=step.device
@@ -68,29 +69,51 @@ class Rehearsal:
         return peak.num_bytes
 
     def seconds(self, micro_batch: Any) -> float:
-        """Least time of a few forwards and backwards, after one to warm up."""
+        """Least time of a few forwards and backwards, after one to warm up; infinite if memory ran out in one.
+
+        Ranks that run in step run the same number of them.
+        """
+        num_timed = _MIN_TIMED if self._step.sync.in_step else _MAX_TIMED
         with self._undone():
-            self._run(micro_batch)
+            self._seconds(micro_batch)
             times: list[float] = []
-            while len(times) < 2 or (len(times) < _MAX_TIMED and sum(times) < _MIN_TIMED_S):
-                self._memory.synchronize()
-                begin = time.perf_counter()
-                self._run(micro_batch)
-                self._memory.synchronize()
-                times.append(time.perf_counter() - begin)
+            while len(times) < _MIN_TIMED or (len(times) < num_timed and sum(times) < _MIN_TIMED_S):
+                times.append(self._seconds(micro_batch))
         return min(times)
+
+    def _seconds(self, micro_batch: Any) -> float:
+        self._memory.synchronize()
+        begin = time.perf_counter()
+        try:
+            self._run(micro_batch)
+        except torch.OutOfMemoryError:
+            return math.inf
+        self._memory.synchronize()
+        return (time.perf_counter() - begin) / self._num_passes
 
     def _run(self, micro_batch: Any) -> None:
         step = self._step
         num_rows = tree.num_rows(micro_batch)
-        for index in range(self._num_passes):
-            tally = Tally(step.policy, expected=self._expected, guess=num_rows, num_micro_batches=1)
-            loss_fn = step.window_loss([(micro_batch, num_rows)], Plan(1, num_rows), Snapshot(step.model, step.device))
-            loss_fn = getattr(loss_fn, "eager", loss_fn)
-            ahead = tree.to_device(micro_batch, step.device)  # as in a window, where the next one is copied meanwhile
-            with step.into(step.gradients), step.sync.micro_batch(step.gradients, is_last=index > 0):
-                self._micro_step(loss_fn, micro_batch, num_rows, tally)
+        tally = Tally(step.policy, expected=self._expected, guess=num_rows, num_micro_batches=self._num_passes)
+        loss_fn = step.window_loss([(micro_batch, num_rows)], Plan(1, num_rows), Snapshot(step.model, step.device))
+        loss_fn = getattr(loss_fn, "eager", loss_fn)
+        ahead = tree.to_device(micro_batch, step.device)  # as in a window, where the next one is copied meanwhile
+        index = 0
+        try:
+            for index in range(self._num_passes):
+                self._pass(index, loss_fn, micro_batch, num_rows, tally)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
             del ahead
+            few = tree.select(micro_batch, slice(0, 2))
+            rest = range(index, self._num_passes)
+            step.sync.catch_up(step.gradients, lambda: [self._pass(each, loss_fn, few, 0, tally) for each in rest])
+            raise
+
+    def _pass(self, index: int, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
+        step, is_last = self._step, self._step.sync.in_step and index == self._num_passes - 1
+        with step.into(step.gradients), step.sync.micro_batch(step.gradients, is_last=is_last):
+            self._micro_step(loss_fn, micro_batch, num_rows, tally)
 
     @contextmanager
     def _undone(self) -> Generator[None]:

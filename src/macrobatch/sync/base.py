@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,7 +37,7 @@ class Sync:
     1. `begin`, once, before the first window;
     2. `plan`, at the start of every window;
     3. `micro_batch`, around the forward and the backward of every micro-batch;
-    4. `close`, after the last backward, or after an error; `again`, if the window is to be run once more.
+    4. `close`, after the last backward, or after an error; `catch_up` and `again`, if the window is to run once more.
 
     Sums travel: gradients and weights are added up over ranks and divided once, by the caller.
     """
@@ -57,8 +57,8 @@ class Sync:
     widens = True
     """Whether 16-bit parameters may have gradients in float32."""
 
-    repeats = True
-    """Whether a window can be run again after a micro-batch that did not fit into memory."""
+    in_step = False
+    """Whether no rank runs a micro-batch without the others, so that all of them run a window again together."""
 
     substitutes = False
     """Whether forwards may use other tensors in place of the parameters, so that autograd knows those instead."""
@@ -67,9 +67,16 @@ class Sync:
         """This process among those that share a macro-batch."""
         return Ranks()
 
+    def repeats(self, model: nn.Module) -> bool:
+        """Whether a window can be run again after a micro-batch that did not fit into memory."""
+        return True
+
     def agree(self, numbers: Sequence[float]) -> list[float]:
-        """The least of each number over the ranks that have to run alike; the numbers as they are, where each runs for
-        itself."""
+        """The least of each number over ranks that run in step; the numbers as they are, where each runs for itself.
+
+        Raises:
+            PeerError: another rank has failed.
+        """
         return list(numbers)
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
@@ -101,9 +108,17 @@ class Sync:
         if tally is not None:
             gradients.collect()
 
+    def catch_up(self, gradients: GradientBuffer, rest: Callable[[], object]) -> None:
+        """A micro-batch of this rank has run out of memory. Where the others wait for it, do what they wait for.
+
+        Args:
+            gradients: the window's, of no use any longer.
+            rest: runs that micro-batch again, and those after it, with next to nothing in them.
+        """
+
     def again(self, gradients: GradientBuffer) -> None:
         """This rank's micro-batches are too large and it will run the window again; the others need to hear of it
-        only if they have gradients of it already."""
+        only if they have gradients of it already, or run in step."""
 
 
 LocalSync = Sync

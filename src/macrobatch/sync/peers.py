@@ -20,6 +20,7 @@ from macrobatch.core.twopass import Alone, Gathered
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError, BatchError, LossError, PeerError
 from macrobatch.ranks import Ranks
+from macrobatch.sync.base import Again
 
 __all__ = ["Peers", "joined", "ranks_in", "sparing_buffers", "trained_in", "unlike"]
 
@@ -263,16 +264,26 @@ class Peers(Alone):
         params = [slot.param.detach().abs().sum(dtype=torch.float64).to(self.device) for slot in gradients.slots]
         self.check_alike({"parameters": torch.stack(params).sum(), "gradients": gradients.norm()})
 
-    def add_up(self, gradients: GradientBuffer, tally: Tally) -> int:
+    def add_up(self, gradients: GradientBuffer, tally: Tally | None) -> int:
         """Weights, losses and which parameters were used, for gradients that are added up already.
+
+        Args:
+            gradients: of this rank.
+            tally: of this rank; None if the window has to be run again because of it.
 
         Returns:
             The first rank that had a micro-batch of its own, by its number in the group.
+
+        Raises:
+            Again: on every rank, if one has no tally.
         """
         begin = NUM_SUMS + self.num
-        flags = [0.0] * self.num + [float(slot.used) for slot in gradients.slots]
-        flags[dist.get_rank(self.group)] = float(bool(tally.terms))
-        numbers = self.summed(joined([tally.pack(torch.float64, self.device), flags], torch.float64, self.device))
+        sums = [0.0] * NUM_SUMS if tally is None else tally.pack(torch.float64, self.device)
+        flags = [0.0] * self.num + [float(slot.used) for slot in gradients.slots] + [float(tally is None)]
+        flags[dist.get_rank(self.group)] = float(tally is not None and bool(tally.terms))
+        *numbers, num_again = self.summed(joined([sums, flags], torch.float64, self.device))
+        if tally is None or num_again:
+            raise Again
         for slot, uses in zip(gradients.slots, numbers[begin:], strict=True):
             slot.used = uses > 0
         tally.absorb(numbers[:NUM_SUMS])

@@ -12,9 +12,11 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,9 @@ from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
-from macrobatch.sync.base import Sync
+from macrobatch.sync.base import Again, Sync
 from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
+from macrobatch.sync.realign import Realigned
 
 __all__ = ["Policy", "ShardedSync"]
 
@@ -70,7 +73,8 @@ class ShardedSync(Sync):
     Works with a model that the user has sharded, on plain and hybrid (HSDP) meshes. FSDP2's collectives are in forward
     and backward, so all ranks run the same number of micro-batches: a rank with fewer runs its last one again, with
     weight zero. An error in front of a window (a batch that cannot be split) reaches the others as a `PeerError`; after
-    one in a forward or backward, they end when the process group times out.
+    one in a forward or backward, they end when the process group times out. Where memory runs out and the window can be
+    run again, the rank that it happened to keeps sending what the others wait for, and all run it again.
 
     Args:
         policy: what to hold between micro-batches; None chooses the fastest that fits, from the memory that the second
@@ -83,8 +87,8 @@ class ShardedSync(Sync):
 
     has_peers = True
     streams = False
-    repeats = False
     substitutes = True
+    in_step = True
 
     def __init__(
         self,
@@ -104,10 +108,19 @@ class ShardedSync(Sync):
         self._is_16_bit = False
         self._model: nn.Module | None = None
         self._peers: Peers | None = None
+        self._line: Realigned | None = None
+        self._is_behind = False
 
     def ranks(self, model: nn.Module) -> Ranks:
         """This process in the group."""
         return ranks_in(self._group)
+
+    def agree(self, numbers: Sequence[float]) -> list[float]:
+        """The least of each number over the group."""
+        assert self._peers is not None
+        self._peers.longest(0)  # what a rank sends that has failed in front of its window
+        self._line = self._line or Realigned(self._modules)
+        return self._peers.summed(numbers, dist.ReduceOp.MIN)
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """Turn FSDP2's averaging off: sums are divided once, by the window's weight.
@@ -159,6 +172,8 @@ class ShardedSync(Sync):
         longest = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
         if plan.num_micro_batches is None:
             return plan
+        if plan.repeats:
+            self._line = self._line or Realigned(self._modules)
         self._num_own = plan.num_micro_batches if longest > plan.num_micro_batches else math.inf
         return self._peers.plan(plan)._replace(num_to_run=longest, spare=self._peers.spare(plan.spare))
 
@@ -169,6 +184,9 @@ class ShardedSync(Sync):
             module.set_requires_gradient_sync(is_last or not self.policy.reduce_last, recurse=False)
             module.set_reshard_after_backward(is_last or not self.policy.keep_parameters, recurse=False)
             module.set_is_last_backward(is_last)
+        if self._line is not None:
+            self._line.redo() if self._is_behind else self._line.begin()
+            self._is_behind = False
         self._num_own -= 1
         context = super().micro_batch(gradients, is_last=is_last)
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
@@ -190,6 +208,19 @@ class ShardedSync(Sync):
             self._num_lean += 1
             if self._num_lean == 2:
                 self._choose(gradients.slots)
+
+    def catch_up(self, gradients: GradientBuffer, rest: Callable[[], object]) -> None:
+        """Send what the others wait for: in what is left of the micro-batch, and in those after it."""
+        self._is_behind = True
+        gc.collect()
+        rest()
+
+    def again(self, gradients: GradientBuffer) -> None:
+        """In the sums at the window's end, the others hear that they have to run it again."""
+        self._num_own = math.inf
+        assert self._peers is not None
+        with suppress(Again):
+            self._peers.add_up(gradients, None)
 
     def _check_replicas(self, slots: list[Slot], peers: Peers) -> None:
         """Refuse replicas of a shard that differ, on all ranks together."""

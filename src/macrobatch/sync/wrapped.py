@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
-from macrobatch.errors import ArgumentError
+from macrobatch.errors import ArgumentError, NoMemoryError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
@@ -34,6 +35,8 @@ class WrappedSync(Sync):
     forward, so all its ranks run the same number of micro-batches. Neither lets 16-bit parameters accumulate in
     float32; `ReplicatedSync`, on the module itself, does. A rank with too few micro-batches runs its last one, or
     another's, with weight zero. An error on one rank cannot be told to the others; they end with the group's timeout.
+    Where a window may have to be run again because memory does not suffice, DDP reduces in a micro-batch of weight zero
+    behind all others, so that a rank can begin anew by itself.
 
     Args:
         cross_check: after the first window, compare a checksum of replicas' gradients and parameters over ranks.
@@ -41,7 +44,6 @@ class WrappedSync(Sync):
 
     has_peers = True
     streams = False
-    repeats = False
     substitutes = True
     widens = False
 
@@ -56,10 +58,15 @@ class WrappedSync(Sync):
         self._watched: list[Slot] = []
         self._hooks: list[RemovableHandle] = []
         self._seen: set[int] = set()  # parameters that an own micro-batch used
+        self._is_idle_last = False
 
     def ranks(self, model: nn.Module) -> Ranks:
         """This process in the group."""
         return ranks_in(_group_of(model))
+
+    def repeats(self, model: nn.Module) -> bool:
+        """Under DDP, unless its graph is static: that one synchronises in the middle of a window, as FSDP1 does."""
+        return isinstance(model, DistributedDataParallel) and not model.static_graph
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
         """The wrapper has made the ranks equal when it was built.
@@ -106,6 +113,11 @@ class WrappedSync(Sync):
     def plan(self, plan: Plan) -> Plan:
         """At least one micro-batch on every rank: the reduction is in its backward."""
         assert self._peers is not None
+        self._seen.clear()
+        self._is_idle_last = plan.repeats
+        if plan.repeats:
+            self._num_own = math.inf
+            return self._peers.plan(plan)._replace(num_idle=1, spare=self._peers.spare(plan.spare))
         num_to_run = plan.num_micro_batches or 0
         if self._runs_alike or plan.is_coupled:
             assert self._model is not None
@@ -123,9 +135,11 @@ class WrappedSync(Sync):
             for slot in gradients.slots:
                 if slot.param.grad is slot.view:
                     slot.param.grad = None
+        else:
+            self._model.require_forward_param_sync = False  # `close` broadcasts buffers, when nobody is behind
         if self._watches and self._watched is not gradients.slots:
             self._watch(gradients.slots)
-        self._num_own -= 1
+        self._num_own = -1 if is_last and self._is_idle_last else self._num_own - 1
         syncs = is_last or self._syncs_always
         context = super().micro_batch(gradients, is_last=is_last) if syncs else self._model.no_sync()
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
@@ -150,6 +164,21 @@ class WrappedSync(Sync):
         if self._cross_check:
             self._cross_check = False
             self._peers.check_replicas(gradients)
+
+    def catch_up(self, gradients: GradientBuffer, rest: Callable[[], object]) -> None:
+        """Outside of the reduction, nobody waits.
+
+        Raises:
+            NoMemoryError: inside of it.
+        """
+        self._seen.clear()
+        if self._num_own < 0:
+            raise NoMemoryError(
+                "the reduction of a window",
+                given="memory that ran out in it, where ranks cannot begin anew one by one",
+                expected="room for its buckets, and a micro-batch of two samples",
+                fix="lower Auto(memory_fraction=...), or leave DDP out and let the step synchronise the model inside",
+            )
 
     def _watch(self, slots: list[Slot]) -> None:
         """Note which parameters get gradients. Afterwards it is not to be seen: a bucket has zeros for those that were

@@ -1,0 +1,237 @@
+"""Memory that runs out under FSDP2, anywhere in a micro-batch, on one rank or on all: all run the window again.
+
+A dispatch mode fails as an allocator would: at an operator that makes a new tensor, whichever it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import macrobatch as mb
+from macrobatch.core.microstep import LossFn, MicroStep
+from macrobatch.core.tally import Tally
+from macrobatch.plan.memory import HostMemory
+from macrobatch.sync import Policy, ShardedSync, WrappedSync
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+WIDTH = 16
+IMPATIENT_S = 30.0
+POLICIES = {
+    f"{'keep' if keep else 'reshard'}-{'last' if last else 'each'}": Policy(keep_parameters=keep, reduce_last=last)
+    for keep in (False, True)
+    for last in (False, True)
+}
+
+
+class Allocator(TorchDispatchMode):
+    """Runs out of memory at the n-th operator that makes a new tensor; -1: never. Counts them."""
+
+    def __init__(self, fails_at: int) -> None:
+        super().__init__()
+        self.fails_at = fails_at
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("aten", "fsdp") and all(result.alias_info is None for result in func._schema.returns):
+            self.num += 1
+            if self.num == self.fails_at:
+                raise torch.OutOfMemoryError(f"no room for the result of {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def batches(sizes: list[int]) -> list[Any]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(sum(sizes), WIDTH, generator=generator)
+    y = torch.randint(0, 4, (sum(sizes),), generator=generator)
+    return [*zip(x.split(sizes), y.split(sizes), strict=True)]
+
+
+class Failing(MicroStep):
+    """The first micro-batch of more than 16 samples runs out of memory at its n-th allocation."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.allocator = Allocator(fails_at)
+        self._is_over = False
+
+    def __call__(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
+        is_on = num_rows > 16 and not self._is_over
+        self._is_over = self._is_over or is_on
+        with self.allocator if is_on else nullcontext():
+            super().__call__(loss_fn, micro_batch, num_rows, tally)
+
+
+def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Run:
+    """Two windows of a step over all ranks."""
+
+    def __init__(
+        self, micro_batch: Any, sizes: list[int], prepare: Callable[[Any], Any], *, fails_at: int = -1
+    ) -> None:
+        torch.manual_seed(1)
+        layers = [layer for _ in range(2) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.2))]
+        self.model, sync = prepare(nn.Sequential(*layers, nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4)))
+        torch.manual_seed(100 + dist.get_rank())
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.failing = Failing(fails_at)
+        self.step = mb.TrainStep(
+            self.model, optimizer, loss_fn, micro_batch=micro_batch, sync=sync, capture=self.failing
+        )
+        self.num_run = [self.step.window(batches(sizes)).num_micro_batches for _ in range(2)]
+
+    def state(self) -> list[bytes]:
+        tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
+        return [(t.to_local() if isinstance(t, DTensor) else t).numpy().tobytes() for t in tensors]
+
+
+@cache
+def mesh_of(kind: str) -> DeviceMesh:
+    if kind == "hybrid":
+        return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicas", "shards"))
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def sharded(policy: str | None, mesh: str, model: Any) -> tuple[Any, ShardedSync]:
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh_of(mesh))
+    return fully_shard(model, mesh=mesh_of(mesh)), ShardedSync(policy=None if policy is None else POLICIES[policy])
+
+
+def wrapped(options: dict[str, Any], model: Any) -> tuple[Any, WrappedSync]:
+    return DistributedDataParallel(model, **options), WrappedSync()
+
+
+GIVEN = [[8, 32], [12, 20, 8], [16], [4, 4]]
+PARTS = {(0,): 16, (1,): 10, (0, 1): 10}  # the least of the victims' halves
+
+
+def cut(sizes: list[int], size: int) -> list[int]:
+    return [part for each in sizes for part in [size] * (each // size) + [each % size] * bool(each % size)]
+
+
+def anywhere(prepare: partial[Any], victims: tuple[int, ...], stride: int) -> tuple[int, list[str]]:
+    """Fail at one allocation after the other. Returns how many there were, and what went wrong."""
+    rank, given = dist.get_rank(), GIVEN[dist.get_rank()]
+    alone = {0: 16, 1: 10}.get(rank, 0) if rank in victims else max(given)
+    parts = cut(given, PARTS[victims] if prepare.func.__name__ == "sharded" else alone)
+    uncut = (
+        1 if prepare.func.__name__ == "sharded" else mb.Auto()
+    )  # under DDP, its last micro-batch draws random numbers, too
+    direct, other = Run(uncut, parts, prepare), Run(uncut, given, prepare)
+    counting = Run(mb.Auto(), given, prepare, fails_at=0)
+    (num,) = most([counting.failing.allocator.num])
+    problems = [] if other.state() != direct.state() else ["the control: another split has the same bits"]
+    for place in range(1, num + 1, stride):
+        run = Run(mb.Auto(), given, prepare, fails_at=place if rank in victims else -1)
+        if run.num_run != direct.num_run:
+            problems.append(f"at {place}: {run.num_run} micro-batches instead of {direct.num_run}")
+        if run.state() != direct.state():
+            problems.append(f"at {place}: other bits")
+    return num, problems
+
+
+def most(numbers: list[int]) -> list[int]:
+    tensor = torch.tensor(numbers)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, None])
+@pytest.mark.parametrize("victims", PARTS, ids=["rank 0", "rank 1", "both"])
+def test_all_ranks_run_a_window_again_wherever_one_ran_out(ranks, policy, victims):
+    outcomes = ranks(2).run(anywhere, partial(sharded, policy, "plain"), victims, 9)
+    assert all(num > 20 for num, _ in outcomes), "a micro-batch was gone through from its beginning to its end"
+    assert [problems for _, problems in outcomes] == [[], []]
+
+
+@pytest.mark.parametrize("policy", ["reshard-each", "keep-last"])
+def test_a_hybrid_mesh_runs_a_window_again(ranks, policy):
+    outcomes = ranks(4).run(anywhere, partial(sharded, policy, "hybrid"), (0,), 13)
+    assert [problems for _, problems in outcomes] == [[]] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
+@pytest.mark.parametrize("victims", PARTS, ids=["rank 0", "rank 1", "both"])
+def test_a_rank_under_ddp_runs_its_window_again_by_itself(ranks, options, victims):
+    outcomes = ranks(2).run(anywhere, partial(wrapped, options), victims, 9)
+    assert [problems for _, problems in outcomes] == [[], []]
+
+
+def failing(kind: str) -> str:
+    """Rank 0 fails in a way that no smaller micro-batch helps."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if dist.get_rank() == 0 and kind == "changes":
+            batch[0].mul_(0.5)
+        if dist.get_rank() == 0 and (kind != "changes" or len(batch[0]) > 16):
+            raise torch.OutOfMemoryError("at the beginning")
+        return loss_fn(model, batch)
+
+    model, sync = sharded("reshard-each", "plain", nn.Sequential(nn.Linear(WIDTH, 4)))
+    step = mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, sync=sync)
+    before = [p.to_local().clone() for p in model.parameters()]
+    try:
+        step.window(batches([1 if kind == "single" else 20, 1]))
+    except Exception as error:
+        same = all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+        return f"{type(error).__name__}, {'as before' if same else 'changed'}"
+    return "nothing"
+
+
+def test_what_cannot_run_again_is_told_to_all(ranks):
+    """The loss function raises before FSDP2 sends a thing, and again when the rank catches up: after that, all end."""
+    pool = ranks(2, timeout_s=IMPATIENT_S)
+    assert pool.run(failing, "changes") == ["LossError, as before", "PeerError, as before"]
+
+
+def planned(prepare: Callable[[Any], Any], limits: list[int | None]) -> Any:
+    limit = limits[dist.get_rank()]
+    torch.manual_seed(1)
+    with HostMemory() as memory:
+        model, sync = prepare(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4)))
+        memory.limit_bytes = limit
+        auto = mb.Auto(memory=memory, remembers=False)
+        step = mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=auto, sync=sync)
+        results = [step(batches([200 + 10 * dist.get_rank()])[0]) for _ in range(2)]
+        survey: Any = step.split.survey
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+        dist.all_gather_object(everywhere, [p.detach().numpy().tobytes() for p in parameters])
+        assert all(other == everywhere[0] for other in everywhere), "the ranks have other parameters"
+    return survey.as_dict(), step.split.size, results[1].num_micro_batches
+
+
+def test_ranks_in_step_find_one_size(ranks):
+    """What one of them has room for decides; the one with more rows tries as many as the other has."""
+    outcomes = ranks(2, timeout_s=IMPATIENT_S).run(planned, partial(sharded, "reshard-each", "plain"), [None, 60_000])
+    (one, size, _), (other, *_) = outcomes
+    assert one == other
+    assert one["total"] == 200
+    assert one["largest"] < 200, "the control: without a limit, all of it fits"
+    assert size == one["size"] <= one["largest"]
+    free = ranks(2).run(planned, partial(sharded, "reshard-each", "plain"), [None, None])
+    assert [survey["largest"] for survey, *_ in free] == [200, 200]
+
+
+def test_ranks_under_ddp_find_sizes_of_their_own(ranks):
+    outcomes = ranks(2, timeout_s=IMPATIENT_S).run(planned, partial(wrapped, {}), [None, 60_000])
+    assert outcomes[0][0]["largest"] == 200
+    assert outcomes[1][0]["largest"] < 210
