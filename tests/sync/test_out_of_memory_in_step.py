@@ -154,24 +154,26 @@ def most(numbers: list[int]) -> list[int]:
     return tensor.tolist()
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, None])
-@pytest.mark.parametrize("victims", PARTS, ids=["rank 0", "rank 1", "both"])
-def test_all_ranks_run_a_window_again_wherever_one_ran_out(ranks, policy, victims):
-    outcomes = ranks(2).run(anywhere, partial(sharded, policy, "plain"), victims, 9)
+CASES = [((0,), policy) for policy in (*POLICIES, None)] + [((1,), "reshard-each"), ((0, 1), "keep-last")]
+
+
+@pytest.mark.parametrize(("victims", "policy"), CASES)
+def test_all_ranks_run_a_window_again_wherever_one_ran_out(ranks, victims, policy):
+    outcomes = ranks(2).run(anywhere, partial(sharded, policy, "plain"), victims, 17)
     assert all(num > 20 for num, _ in outcomes), "a micro-batch was gone through from its beginning to its end"
     assert [problems for _, problems in outcomes] == [[], []]
 
 
 @pytest.mark.parametrize("policy", ["reshard-each", "keep-last"])
 def test_a_hybrid_mesh_runs_a_window_again(ranks, policy):
-    outcomes = ranks(4).run(anywhere, partial(sharded, policy, "hybrid"), (0,), 13)
+    outcomes = ranks(4).run(anywhere, partial(sharded, policy, "hybrid"), (0,), 17)
     assert [problems for _, problems in outcomes] == [[]] * 4
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
 @pytest.mark.parametrize("victims", PARTS, ids=["rank 0", "rank 1", "both"])
 def test_a_rank_under_ddp_runs_its_window_again_by_itself(ranks, options, victims):
-    outcomes = ranks(2).run(anywhere, partial(wrapped, options), victims, 9)
+    outcomes = ranks(2).run(anywhere, partial(wrapped, options), victims, 17)
     assert [problems for _, problems in outcomes] == [[], []]
 
 
