@@ -106,3 +106,66 @@ def bf16_drift() -> float:
 
 def test_replicas_over_two_gpus_do_not_drift_with_bf16_on_the_wire(pool):
     assert pool.run(bf16_drift) == [0.0, 0.0]  # every rank adds the same bits
+
+
+class Wide(nn.Module):
+    """8 layers that keep 6 MiB of activations of each sample of 64 x 1024."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(8))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BTC = x_BTC + torch.tanh(layer(x_BTC)) * torch.sigmoid(x_BTC)
+        return x_BTC
+
+
+def out_of_memory_in_step(num_failing: int) -> tuple[list[int], bool, float, bool]:
+    """Three windows under FSDP2 of which the last two find less memory on some ranks, and a window cut so at once."""
+    from torch.distributed.fsdp import fully_shard
+
+    def stepped(micro_batch: Any) -> tuple[Any, dict[str, Tensor | None]]:
+        torch.manual_seed(3)
+        model = Wide().cuda()
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        seen: dict[str, Tensor | None] = {}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_: seen.update(whole_gradients(model)))
+        return mb.TrainStep(model, optimizer, lambda model, x: model(x).square().mean(), micro_batch=micro_batch), seen
+
+    batch = torch.randn(64, 64, 1024, generator=torch.Generator().manual_seed(dist.get_rank()))
+    step, seen = stepped("auto")
+    step(batch)
+    num = [step(batch).num_micro_batches]
+    whole = dict(seen)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(dist.get_rank()).total_memory
+    if dist.get_rank() >= 2 - num_failing:
+        limit = torch.cuda.memory_reserved() + 150 * 2**20
+        torch.cuda.set_per_process_memory_fraction(limit / total, dist.get_rank())
+    try:
+        num += [step(batch).num_micro_batches for _ in range(2)]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, dist.get_rank())
+    plain, expected = stepped(-(-64 // num[-1]))
+    for _ in range(3):  # the policy is chosen after the second
+        plain(batch)
+    same = all(torch.equal(mine, theirs) for mine, theirs in zip(seen.values(), expected.values(), strict=True))
+    changed = all(torch.equal(mine, theirs) for mine, theirs in zip(seen.values(), whole.values(), strict=True))
+    return num, same, relative_error(seen, whole), changed
+
+
+@pytest.mark.parametrize("num_failing", [1, 2])
+def test_memory_that_runs_out_under_fsdp2_is_made_up_for_by_all_ranks(pool, num_failing):
+    """Of one rank of two, the allocator really fails within a forward or backward."""
+    one, other = pool.run(out_of_memory_in_step, num_failing)
+    assert one == other
+    (first, *later), is_same, error, is_as_whole = one
+    assert first == 1
+    assert later[0] == later[1] > 1
+    assert is_same  # to the bit, as a window that was smaller from the start
+    assert error < 1e-5  # fp32, summed up in another order
+    assert not is_as_whole
