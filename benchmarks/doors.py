@@ -16,6 +16,7 @@ import copy
 import gc
 import importlib
 import json
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,6 +51,9 @@ class Work(NamedTuple):
 
 def main() -> None:
     options = _options()
+    if options.log:
+        logging.basicConfig(format="%(relativeCreated)8.0f ms  %(message)s")
+        logging.getLogger("macrobatch").setLevel(logging.INFO)
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results: dict[str, Any] = {}
@@ -77,7 +81,8 @@ def _cells(row: Row) -> list[str]:
         return [row["name"], row["problem"][:60], "", "", ""]
     low, middle, high = row["rate"]
     beside = f"{row['beside']:.2f}" if "beside" in row else ""
-    return [row["name"], f"{middle:.0f} [{low:.0f}, {high:.0f}]", beside, f"{row['gib']:.2f}", f"{row['error']:.1e}"]
+    name = row["name"] + (f" ({row['chosen']})" if "chosen" in row else "")
+    return [name, f"{middle:.0f} [{low:.0f}, {high:.0f}]", beside, f"{row['gib']:.2f}", f"{row['error']:.1e}"]
 
 
 def _bars(rows: list[Row]) -> dict[str, Any]:
@@ -379,9 +384,14 @@ def _timed(
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     units = work.window * work.units_per_sample
+    split: Any = getattr(run, "split", None)
+    survey = getattr(split, "survey", None)
     return {
         "name": contender.name,
         "micro_batch": contender.size,
+        **(
+            {} if survey is None else {"chosen": f"{split.size}: {survey.reason}", "trials": survey.as_dict()["trials"]}
+        ),
         "rate": quartiles([units / t for t in times]),
         "num_timed": len(times),
         "gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
@@ -398,6 +408,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which a work starts no contender")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="tiny models and windows, only to see that everything runs")
+    parser.add_argument("--log", action="store_true", help="show what the library says: sizes chosen, what ran eagerly")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture instead of benchmarks/results")
     return parser.parse_args()
 

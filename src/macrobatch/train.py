@@ -93,7 +93,8 @@ class TrainStep:
         global_batch: samples of a full macro-batch over all ranks, any integer >= 1; what `loader` makes shares of.
         capture: how micro-batches run on a GPU without the cost of launching each kernel. "graph" records forward and
             backward once for each form of micro-batch as a CUDA graph, and replays it; "auto" does so too, but trusts
-            a recording only after a window in which it agreed with eager runs; "compile" also puts `loss_fn` through
+            a recording only after a window in which it agreed with eager runs, and, with micro_batch="auto", compiles
+            where that is faster and agrees; "compile" always puts `loss_fn` through
             torch.compile, which fuses kernels. What cannot be captured runs eagerly, with a line in the log that
             says why. None, the default, runs eagerly. See docs/capture.md.
         fused_linear: let the matrix products of `nn.Linear` layers that compute in bf16 or fp16 add their weight
@@ -174,7 +175,7 @@ class TrainStep:
         self._step.listeners += checked_listeners(listeners)
         if check_flag("fused_linear", fused_linear):
             self._step.into = FusedLinear(model).into
-        self.split = autosized(split, self._step, self._counted, capture)
+        self.split = autosized(split, self._step, self._counted, capture, runs.other)
 
     @property
     def num_updates(self) -> int:

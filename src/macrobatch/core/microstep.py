@@ -34,6 +34,21 @@ class MicroStep:
     precision: Precision
     device: torch.device
 
+    num_first = 1
+    """How many of its first runs are slower than those that follow."""
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether what it keeps of a micro-batch takes as much memory as running it."""
+        return False
+
+    def fresh(self) -> MicroStep:
+        """One of its kind that has seen nothing yet, to try micro-batches with."""
+        return MicroStep()
+
+    def release(self) -> None:
+        """Give back what it keeps."""
+
     def bind(
         self, model: nn.Module, gradients: GradientBuffer, *, precision: Precision, device: torch.device
     ) -> MicroStep:

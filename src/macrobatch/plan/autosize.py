@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from macrobatch import env, tree
 from macrobatch.core.loss import Weight
@@ -24,6 +23,8 @@ from macrobatch.core.twopass import TwoPass
 from macrobatch.core.weighting import Exact
 from macrobatch.errors import ArgumentError, LossError, NoMemoryError, PeerError
 from macrobatch.plan.cache import Cache
+from macrobatch.plan.capture import Compiled, Way
+from macrobatch.plan.identity import identity_of
 from macrobatch.plan.memory import memory_of
 from macrobatch.plan.rehearsal import Rehearsal, pending_state_bytes
 from macrobatch.plan.split import Auto, Split
@@ -32,6 +33,8 @@ from macrobatch.plan.survey import Survey, Trial, find_fastest, find_largest
 __all__ = ["Autosize", "Cut", "autosized"]
 
 _PATIENCE, _MAX_PATIENCE = 16, 1024
+_MAX_TIMED, _MAX_COMPILED = 6, 3  # sizes: to compile one may take a minute
+_CLEARLY_FASTER = 0.95
 _LOG = logging.getLogger("macrobatch")
 
 Expected = Callable[[Any], Mapping[str, Weight] | Weight | None]
@@ -45,12 +48,13 @@ class Autosize:
         step: whose micro-batches they are.
         expected: from a macro-batch, its weights counted ahead.
         capture: how its micro-steps are captured.
+        other: a way to run them that is taken where it is clearly faster, and agrees.
 
     Raises:
         ArgumentError: the gradient would depend on the size, or ranks could not go on after an error of one.
     """
 
-    def __init__(self, auto: Auto, step: Step, expected: Expected, capture: object) -> None:
+    def __init__(self, auto: Auto, step: Step, expected: Expected, capture: object, other: Way | None = None) -> None:
         is_coupled = isinstance(step.loss_fn, TwoPass) and step.sync.has_peers
         if step.policy != Exact() or not step.sync.repeats(step.model) or is_coupled:
             raise ArgumentError(
@@ -67,6 +71,7 @@ class Autosize:
         self._step = step
         self._expected = expected
         self._capture = capture if isinstance(capture, str | None) else type(capture).__name__
+        self._other = None if step.sync.in_step else other
         self._memory = auto.memory or memory_of(step.device)
         self._cache = Cache(env.cache_folder() if auto.remembers else None)
         self._ceiling = 0
@@ -158,7 +163,7 @@ class Autosize:
         if total < 1:  # some rank has nothing to try; with the next macro-batch, then
             self.size = self.size or max(least, 1)
             return
-        key = self._key(batch, total)
+        key = identity_of(self._step, self.auto, self._memory, self._capture, batch=batch, total=total)
         remembered = self._remembered(key)
         size = 0 if remembered is None else remembered.size
         low, high = self._agreed(size, -size)
@@ -169,6 +174,7 @@ class Autosize:
         else:
             self.survey = remembered
         self.size = self._ceiling = self.survey.size
+        self._take_faster_way(batch, is_remembered=remembered is not None)
         _LOG.info("micro-batch: %s", describe(self.survey, is_remembered=remembered is not None))
 
     def _surveyed(self, batch: Any, total: int, least: int) -> Survey:
@@ -197,7 +203,11 @@ class Autosize:
         largest = find_largest(peak_bytes, smallest=least, total=total, limit_bytes=limit)
         if not largest:
             raise _no_memory(self.auto.unit, least, None)
-        times, size = find_fastest(seconds, largest=largest, candidates=self._candidates(batch, total, least, largest))
+        candidates = self._candidates(batch, total, least, largest)
+        most = _MAX_COMPILED if isinstance(self._step.loss_fn, Compiled) else _MAX_TIMED
+        times, size = find_fastest(seconds, largest=largest, candidates=candidates, most=most)
+        compiled_s = self._seconds_of_other(rehearsal, self._trial(batch, size))
+        is_faster = compiled_s < _CLEARLY_FASTER * times[size]
         return Survey(
             trials=[Trial(each, peaks[each], times.get(each)) for each in sorted(peaks)],
             unit=self.auto.unit,
@@ -206,8 +216,40 @@ class Autosize:
             reserved_bytes=reserved,
             largest=largest,
             size=size,
-            reason="the fastest of what fits" if size < total else "the fastest: all at once",
+            reason=("the fastest of what fits" if size < total else "the fastest: all at once")
+            + ", compiled" * is_faster,
+            compiled_s=compiled_s if is_faster else None,
         )
+
+    def _seconds_of_other(self, rehearsal: Rehearsal, micro_batch: Any) -> float:
+        """Of a micro-batch, run the other way; infinite if there is none, or it cannot be trusted."""
+        if self._other is None or not self._is_trusted(rehearsal, micro_batch):
+            return math.inf
+        return rehearsal.seconds(micro_batch, self._other)
+
+    def _is_trusted(self, rehearsal: Rehearsal, micro_batch: Any) -> bool:
+        assert self._other is not None
+        loss_fn, _ = self._other
+        try:
+            differs = rehearsal.disagreement(micro_batch, loss_fn)
+        except torch.OutOfMemoryError:
+            self._memory.release()
+            return False
+        if differs is not None:
+            _LOG.warning("capture: is not compiled, since %s", differs)
+            self._other = None
+        return differs is None and getattr(loss_fn, "is_compiled", True)
+
+    def _take_faster_way(self, batch: Any, *, is_remembered: bool) -> None:
+        """Run micro-batches the other way, if that was chosen, now or in an earlier run."""
+        assert self.survey is not None
+        if self.survey.compiled_s is None or self._other is None:
+            return
+        rehearsal = Rehearsal(self._step, self._memory, self._expected(batch))
+        if is_remembered and not self._is_trusted(rehearsal, self._trial(batch, self.survey.size)):
+            return
+        self._step.loss_fn, micro_step = self._other
+        self._step.use(micro_step)
 
     def _agreed(self, *numbers: float) -> list[Any]:
         """The least of each over ranks that run in step, as integers; None for an infinite one."""
@@ -240,26 +282,6 @@ class Autosize:
         except (ValueError, TypeError, KeyError) as error:
             self._cache.complain(key, error)
             return None
-
-    def _key(self, batch: Any, total: int) -> dict[str, Any]:
-        leaves = [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]
-        capacity = self._memory.capacity_bytes()
-        is_given = self.auto.memory is not None or self._step.device.type == "cuda"
-        return {
-            "model": _signature(self._step.model),
-            "loss_fn": getattr(self._step.loss_fn, "__qualname__", type(self._step.loss_fn).__qualname__),
-            "precision": self._step.update.precision.name,
-            "optimizers": list(map(_kind, self._step.update.optimizers)),
-            "capture": self._capture,
-            "sync": type(self._step.sync).__name__,
-            "batch": [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in leaves],
-            "total": total,
-            "unit": self.auto.unit,
-            "device": _device_name(self._step.device),
-            # of a shared host, what is free changes all the time
-            "memory": [round(capacity / 2**28, 0) if capacity and is_given else None, self.auto.memory_fraction],
-            "versions": [torch.__version__, env.version("macrobatch")],
-        }
 
 
 class Cut:
@@ -318,16 +340,16 @@ class Cut:
             yield piece, rows
 
 
-def autosized(split: Split | Auto, step: Step, expected: Expected, capture: object) -> Split | Autosize:
+def autosized(
+    split: Split | Auto, step: Step, expected: Expected, capture: object, other: Way | None
+) -> Split | Autosize:
     """What cuts a step's macro-batches."""
-    return Autosize(split, step, expected, capture) if isinstance(split, Auto) else split
+    return Autosize(split, step, expected, capture, other) if isinstance(split, Auto) else split
 
 
 def describe(survey: Survey, *, is_remembered: bool = False) -> str:
     """One line about a survey."""
-    times = {trial.size: trial.seconds for trial in survey.trials}
-    seconds = times[survey.size]
-    speed = f", {survey.size / seconds:.4g} {survey.unit}/s" if seconds else ""
+    speed = f", {survey.size / survey.seconds:.4g} {survey.unit}/s" if survey.seconds else ""
     limit = "" if survey.limit_bytes is None else f" of a limit of {survey.limit_bytes / 1e6:,.4g} MB"
     source = "as remembered" if is_remembered else f"{len(survey.trials)} sizes tried"
     return f"{survey.size} {survey.unit}{speed} ({survey.reason}; {survey.largest} would fit{limit}; {source})"
@@ -349,25 +371,3 @@ def _first_line(error: BaseException) -> str:
 
 def _has_version(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and not leaf.is_inference()
-
-
-def _signature(model: nn.Module) -> list[Any]:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [str(model), [[n, list(t.shape), str(t.dtype), t.requires_grad] for n, t in tensors], model.training]
-
-
-def _kind(optimizer: Optimizer) -> list[Any]:
-    """What of an optimizer decides how much state it has."""
-    switches = {
-        f"{name}={bool(value)}"
-        for group in optimizer.param_groups
-        for name, value in group.items()
-        if isinstance(value, bool | int | float)
-    }
-    return [type(optimizer).__name__, *sorted(switches)]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"

@@ -24,19 +24,23 @@ from macrobatch.plan.graphs import Graphs
 from macrobatch.plan.surroundings import Unfit, form_of
 from macrobatch.tree import leaves, map_tensors
 
-__all__ = ["Capture", "Captured", "Compiled", "captured", "compile_forward", "replays"]
+__all__ = ["Capture", "Captured", "Compiled", "Way", "captured", "compile_forward", "replays"]
 
 Capture = Literal["auto", "compile", "graph"]
+Way = tuple[LossFn, MicroStep]
+"""A loss function, and what runs it."""
 _MAX_FORMS = 8  # torch.compile's own limit of recompilations
 _LOG = logging.getLogger("macrobatch")
 
 
 class Captured(NamedTuple):
-    """A loss function, what runs it, and whether micro-batches may be replayed without autograd's hooks."""
+    """A loss function, what runs it, and whether micro-batches may be replayed without autograd's hooks; and what else
+    to try, if there is a choice."""
 
     loss_fn: LossFn
     micro_step: MicroStep
     replays: bool
+    other: Way | None = None
 
 
 def captured(loss_fn: LossFn, capture: object, device: torch.device) -> Captured:
@@ -66,11 +70,16 @@ def captured(loss_fn: LossFn, capture: object, device: torch.device) -> Captured
         is_replayed = device.type == "cuda"
         micro_step = Graphs(num_rehearsals=3) if is_replayed else MicroStep()
         return Captured(Compiled(loss_fn), micro_step, replays=is_replayed)
-    if capture in ("auto", "graph"):
+    if capture == "auto":
+        compiled = Compiled(loss_fn, draws_alike=True)
         if device.type == "cuda":
-            return Captured(loss_fn, Graphs(verifies=capture == "auto"), replays=True)
-        level = logging.DEBUG if capture == "auto" else logging.WARNING
-        _LOG.log(level, "capture: runs eagerly, since the model is on a %s, and CUDA graphs need a GPU", device.type)
+            other = compiled, Graphs(verifies=True, num_rehearsals=3)
+            return Captured(loss_fn, Graphs(verifies=True), replays=True, other=other)
+        return Captured(loss_fn, MicroStep(), replays=False, other=(compiled, MicroStep()))
+    if capture == "graph":
+        if device.type == "cuda":
+            return Captured(loss_fn, Graphs(), replays=True)
+        _LOG.warning("capture: runs eagerly, since the model is on a %s, and CUDA graphs need a GPU", device.type)
         return Captured(loss_fn, MicroStep(), replays=False)
     raise ArgumentError(
         "capture",
@@ -85,15 +94,25 @@ class Compiled:
 
     Every form of micro-batch is compiled for itself, up to eight, so a short last micro-batch slows no other one down;
     further forms run eagerly. If the function cannot be compiled, it runs as it is. One line in the log says why.
-    torch.compile draws other random numbers than eager PyTorch does.
+    torch.compile draws other random numbers than eager PyTorch does, unless it is told not to.
+
+    Args:
+        loss_fn: to be compiled, when it is called.
+        draws_alike: draw the random numbers that eager PyTorch draws.
     """
 
-    def __init__(self, loss_fn: LossFn) -> None:
+    def __init__(self, loss_fn: LossFn, *, draws_alike: bool = False) -> None:
         self.eager = loss_fn
         self._forms: set[Hashable] = set()
         self._has_warned = False
         self._narrow: list[Tensor] | None = None
-        self._compiled: LossFn | None = torch.compile(loss_fn, dynamic=False)
+        options: dict[str, Any] = {"options": {"fallback_random": True}} if draws_alike else {}
+        self._compiled: LossFn | None = torch.compile(loss_fn, dynamic=False, **options)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is still hope that it is."""
+        return self._compiled is not None
 
     def __call__(self, model: Any, micro_batch: Any) -> Any:
         if self._compiled is None or not self._is_admitted(micro_batch):

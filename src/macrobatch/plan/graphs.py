@@ -75,6 +75,24 @@ class Graphs(MicroStep):
         self._said: set[str] = set()
 
     @property
+    def num_first(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Rehearsals, and a recording."""
+        return self._num_rehearsals + 1
+
+    @property
+    def keeps_memory(self) -> bool:
+        """A graph's memory is its own: an eager micro-batch, of a form that is new or on trial, needs as much again."""
+        return Surroundings.of(self.model, self.gradients, self.device).obstacle is None
+
+    def fresh(self) -> Graphs:
+        other = Graphs(self._recorder, num_rehearsals=self._num_rehearsals)
+        other._said = self._said
+        return other
+
+    def release(self) -> None:
+        self._forget()
+
+    @property
     def num_recordings(self) -> int:
         """Recordings that exist."""
         return sum(bucket.recording is not None for bucket in self._buckets.values())
@@ -194,13 +212,13 @@ class Graphs(MicroStep):
         return bucket.recording is not None
 
     def _try(self, recording: _Recording, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
-        eager = super().__call__
+        eager, plain = super().__call__, getattr(loss_fn, "eager", loss_fn)
         differs = disagreement(
             self,
             replay=recording.replay,
             parts=recording.parts,
             used=recording.slots,
-            eager=lambda: eager(loss_fn, micro_batch, num_rows, tally),
+            eager=lambda: eager(plain, micro_batch, num_rows, tally),
             tally=tally,
         )
         if differs is not None:

@@ -38,6 +38,10 @@ class Memory:
         """What this process may use altogether, what it holds included; None if there is no telling."""
         return None
 
+    def held_bytes(self) -> int:
+        """What is allocated now, as `measured` counts it."""
+        return 0
+
     @contextmanager
     def measured(self) -> Generator[Peak]:
         """Measures the peak of what runs inside of it; to be read after it."""
@@ -61,6 +65,9 @@ class CudaMemory(Memory):
         free, total = torch.cuda.mem_get_info(self._device)
         share = torch.cuda.get_per_process_memory_fraction(self._device)
         return min(free + torch.cuda.memory_reserved(self._device), int(share * total))
+
+    def held_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
 
     @contextmanager
     def measured(self) -> Generator[Peak]:
@@ -135,6 +142,9 @@ class HostMemory(TorchDispatchMode, Memory):
 
     def capacity_bytes(self) -> int | None:
         return env.free_memory_bytes() if self.limit_bytes is None else self.limit_bytes
+
+    def held_bytes(self) -> int:
+        return self.num_bytes
 
     @contextmanager
     def measured(self) -> Generator[Peak]:

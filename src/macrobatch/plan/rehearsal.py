@@ -11,8 +11,9 @@ import inspect
 import math
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.snapshot import Snapshot, rng_states, set_rng_states
 from macrobatch.core.step import Step
 from macrobatch.core.tally import Tally
+from macrobatch.core.twopass import TwoPass
 from macrobatch.core.weighting import Plan
+from macrobatch.plan.capture import Way
 from macrobatch.plan.memory import Memory
+from macrobatch.plan.trial import bound_for, distance
 
 __all__ = ["Rehearsal", "pending_state_bytes"]
 
@@ -51,69 +55,113 @@ class Rehearsal:
         self._expected = expected
         # In step, ranks hold most between two micro-batches, and what they hold is taken back in the last one.
         self._num_passes = 2 if step.sync.in_step else 1
-        # Eagerly: a capture would keep memory for each size that is tried.
-        self._micro_step = MicroStep().bind(
-            step.model, step.gradients, precision=step.update.precision, device=step.device
-        )
+        self._eager = self._bound(MicroStep())
+
+    def _bound(self, micro_step: MicroStep) -> MicroStep:
+        step = self._step
+        return micro_step.bind(step.model, step.gradients, precision=step.update.precision, device=step.device)
 
     def peak_bytes(self, micro_batch: Any) -> int | None:
-        """Most memory that a forward and backward takes; None if there is not enough of it."""
+        """Most memory that a forward and backward takes; None if there is not enough of it.
+
+        It is measured eagerly, since a capture would keep memory of each size that is tried. A step that keeps some
+        for a capture needs it twice.
+        """
+        held = 0
         try:
             with self._memory.measured() as peak, self._undone():
-                self._run(micro_batch)
+                held = self._memory.held_bytes()
+                self._run(micro_batch, self._eager, self._code, self._tally(micro_batch))
         except torch.OutOfMemoryError:
             peak = None
         if peak is None:  # what did not fit hung on the error, which is gone by now
             self._memory.release()
             return None
-        return peak.num_bytes
+        return peak.num_bytes + self._step.micro_step.keeps_memory * max(peak.num_bytes - held, 0)
 
-    def seconds(self, micro_batch: Any) -> float:
-        """Least time of a few forwards and backwards, after one to warm up; infinite if memory ran out in one.
+    def seconds(self, micro_batch: Any, way: Way | None = None) -> float:
+        """Least time of a few forwards and backwards, after those to warm up; infinite if memory ran out in one.
 
         Ranks that run in step run the same number of them.
+
+        Args:
+            micro_batch: to run.
+            way: how; None means as the step does, captured if it captures.
         """
+        loss_fn, like = way or (self._step.loss_fn, self._step.micro_step)
+        micro_step = self._bound(like.fresh())
         num_timed = _MIN_TIMED if self._step.sync.in_step else _MAX_TIMED
         with self._undone():
-            self._seconds(micro_batch)
+            run = partial(
+                self._run, micro_batch, micro_step, loss_fn, self._tally(micro_batch)
+            )  # one window, all of it
+            for _ in range(like.num_first):
+                self._seconds(run)
             times: list[float] = []
             while len(times) < _MIN_TIMED or (len(times) < num_timed and sum(times) < _MIN_TIMED_S):
-                times.append(self._seconds(micro_batch))
+                times.append(self._seconds(run))
+            micro_step.release()
+        if micro_step.keeps_memory:
+            self._memory.release()
         return min(times)
 
-    def _seconds(self, micro_batch: Any) -> float:
+    def disagreement(self, micro_batch: Any, loss_fn: LossFn) -> str | None:
+        """How a loss function's gradient differs from that of the step's own, run from the same state, by more than
+        rounding; the rest of a sentence that begins with "since"."""
+        found: list[list[Tensor]] = []
+        for each in (self._code, loss_fn):
+            with self._undone():
+                self._run(micro_batch, self._eager, each, self._tally(micro_batch))
+                found.append([flat.numbers.clone() for flat in self._step.gradients.flats])
+                bound = bound_for(self._eager, [])
+        off = distance(found[1], found[0])
+        return None if off <= bound else f"its gradient is {off:.1e} from that of the code, beyond {bound:.0e}"
+
+    @property
+    def _code(self) -> LossFn:
+        """The step's loss function, not compiled."""
+        return getattr(self._step.loss_fn, "eager", self._step.loss_fn)
+
+    def _tally(self, micro_batch: Any) -> Tally:
+        guess = tree.num_rows(micro_batch)
+        return Tally(self._step.policy, expected=self._expected, guess=guess, num_micro_batches=self._num_passes)
+
+    def _seconds(self, run: Callable[[], None]) -> float:
         self._memory.synchronize()
         begin = time.perf_counter()
         try:
-            self._run(micro_batch)
+            run()
         except torch.OutOfMemoryError:
             return math.inf
         self._memory.synchronize()
         return (time.perf_counter() - begin) / self._num_passes
 
-    def _run(self, micro_batch: Any) -> None:
+    def _run(self, micro_batch: Any, micro_step: MicroStep, loss_fn: LossFn, tally: Tally) -> None:
         step = self._step
         num_rows = tree.num_rows(micro_batch)
-        tally = Tally(step.policy, expected=self._expected, guess=num_rows, num_micro_batches=self._num_passes)
-        loss_fn = step.window_loss([(micro_batch, num_rows)], Plan(1, num_rows), Snapshot(step.model, step.device))
-        loss_fn = getattr(loss_fn, "eager", loss_fn)
+        if isinstance(loss_fn, TwoPass):
+            before = Snapshot(step.model, step.device)
+            loss_fn = step.window_loss([(micro_batch, num_rows)], Plan(1, num_rows), before)
+        run = partial(self._pass, micro_step, loss_fn, tally)
         ahead = tree.to_device(micro_batch, step.device)  # as in a window, where the next one is copied meanwhile
         index = 0
         try:
             for index in range(self._num_passes):
-                self._pass(index, loss_fn, micro_batch, num_rows, tally)
+                run(index, micro_batch, num_rows)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
             del ahead
             few = tree.select(micro_batch, slice(0, 2))
             rest = range(index, self._num_passes)
-            step.sync.catch_up(step.gradients, lambda: [self._pass(each, loss_fn, few, 0, tally) for each in rest])
+            step.sync.catch_up(step.gradients, lambda: [run(each, few, 0) for each in rest])
             raise
 
-    def _pass(self, index: int, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
+    def _pass(
+        self, micro_step: MicroStep, loss_fn: LossFn, tally: Tally, index: int, micro_batch: Any, num_rows: int
+    ) -> None:
         step, is_last = self._step, self._step.sync.in_step and index == self._num_passes - 1
-        with step.into(step.gradients), step.sync.micro_batch(step.gradients, is_last=is_last):
-            self._micro_step(loss_fn, micro_batch, num_rows, tally)
+        with micro_step.window(), step.into(step.gradients), step.sync.micro_batch(step.gradients, is_last=is_last):
+            micro_step(loss_fn, micro_batch, num_rows, tally)
 
     @contextmanager
     def _undone(self) -> Generator[None]:

@@ -52,6 +52,7 @@ class Survey:
         largest: size that fits.
         size: that was chosen.
         reason: for it, in a few words.
+        compiled_s: of a micro-batch of that size when it is compiled, if that is clearly faster and was left to choose.
     """
 
     trials: Sequence[Trial]
@@ -62,6 +63,12 @@ class Survey:
     largest: int
     size: int
     reason: str
+    compiled_s: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a micro-batch of the chosen size, as it is going to be run."""
+        return self.compiled_s or next(trial.seconds for trial in self.trials if trial.size == self.size)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file."""
@@ -84,6 +91,7 @@ class Survey:
         if survey.unit not in ("samples", "tokens") or not isinstance(survey.reason, str) or survey.size < 1:
             raise ValueError("no survey")
         _whole(survey.limit_bytes)
+        _number(survey.compiled_s)
         return survey
 
 
@@ -152,7 +160,7 @@ def find_largest(peak_bytes: Callable[[int], int | None], *, smallest: int, tota
 
 
 def find_fastest(
-    seconds: Callable[[int], float], *, largest: int, candidates: Iterator[tuple[int, int]]
+    seconds: Callable[[int], float], *, largest: int, candidates: Iterator[tuple[int, int]], most: int = _MAX_TIMED
 ) -> tuple[dict[int, float], int]:
     """The size with which a window is over soonest, and the seconds of a micro-batch of each that was tried.
 
@@ -161,6 +169,7 @@ def find_fastest(
         largest: what is taken if there is no candidate.
         candidates: sizes, each with its number of micro-batches in a window, the largest first. Asked for until they
             get clearly slower, twice in a row.
+        most: of them to measure.
     """
     times: dict[int, float] = {}
     best, best_s, num_slower = largest, math.inf, 0
@@ -170,7 +179,7 @@ def find_fastest(
         num_slower = num_slower + 1 if window_s > _CLEARLY * best_s else 0
         if window_s < best_s:
             best, best_s = size, window_s
-        if num_slower == 2 or len(times) == _MAX_TIMED:
+        if num_slower == 2 or len(times) == most:
             break
     return times, best
 

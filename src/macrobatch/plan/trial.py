@@ -14,7 +14,7 @@ from macrobatch.core.microstep import MicroStep
 from macrobatch.core.snapshot import Snapshot
 from macrobatch.core.tally import Tally
 
-__all__ = ["COARSE", "FLOAT32", "FLOAT64", "bound_for", "disagreement"]
+__all__ = ["COARSE", "FLOAT32", "FLOAT64", "bound_for", "disagreement", "distance"]
 
 FLOAT64, FLOAT32, COARSE = 1e-10, 1e-3, 3e-2
 """How far a replayed micro-batch's gradient may be from the eager one's, relative to it. Both run the same kernels, and
@@ -92,6 +92,13 @@ def _far_apart(step: MicroStep, before: list[Tensor], found: list[Tensor], bound
         return None
     distance = off / size if size else math.inf
     return f"a replayed micro-batch's gradient is {distance:.1e} from the code's, beyond {bound:.0e}"
+
+
+def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """How far two gradients are apart, relative to the other's norm. Overwrites the one."""
+    size = _norm(list(other))
+    off = _norm([a.sub_(b) for a, b in zip(one, other, strict=True)])
+    return off / size if size else math.inf if off else 0.0
 
 
 def _norm(parts: list[Tensor]) -> float:

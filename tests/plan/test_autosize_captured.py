@@ -1,0 +1,146 @@
+"""`micro_batch="auto"` with a capture: sizes are tried in the way in which they are going to be run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import macrobatch as mb
+from macrobatch.plan.capture import Compiled
+from macrobatch.plan.graphs import Graphs
+from macrobatch.plan.memory import HostMemory
+from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
+from tests.plan.tape import Tape
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+
+ROWS, WIDTH = 240, 16
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACROBATCH_CACHE", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+
+
+def batch_of(num_rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(num_rows, WIDTH, generator=generator)
+    return x, torch.randint(0, 4, (num_rows,), generator=generator)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.1), nn.Linear(WIDTH, 4))
+
+
+def mean_loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def slow_eagerly(model: nn.Module, batch: Any) -> Tensor:
+    """Takes longer for more than 100 samples, by far more than any noise, unless it is compiled."""
+    loss = mean_loss(model, batch)
+    if not torch.compiler.is_compiling():
+        for _ in range(300 if len(batch[0]) > 100 else 30):
+            loss = loss + 0 * batch[0].sum()
+    return loss
+
+
+def build(loss_fn: Any, capture: Any, **options: Any) -> tuple[nn.Module, mb.TrainStep]:
+    model = network()
+    options.setdefault("micro_batch", "auto")
+    return model, mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn, capture=capture, **options)
+
+
+def test_sizes_of_a_compiled_step_are_measured_compiled():
+    _, step = build(slow_eagerly, "compile")
+    step(batch_of())
+    survey = step.split.survey
+    timed = [trial.size for trial in survey.trials if trial.seconds is not None]
+    assert len(timed) <= 3, "each of them has to be compiled"
+    assert survey.size > 100
+    _, eager = build(slow_eagerly, None)
+    eager(batch_of())
+    assert eager.split.survey.size <= 100, "the control"
+
+
+def test_auto_compiles_where_that_is_clearly_faster(caplog):
+    for turn in range(2):
+        model, step = build(slow_eagerly, "auto")
+        model.eval()  # without dropout, any split has one gradient
+        batch = batch_of()
+        with caplog.at_level(logging.INFO, logger="macrobatch"):
+            step(batch)
+        assert isinstance(step._step.loss_fn, Compiled)
+        assert step._step.loss_fn.is_compiled
+        assert step.split.survey.compiled_s is not None
+        assert relative_error(gradients_of(model), full_batch_gradient(model, mean_loss, batch)) <= 1e-6
+        (line,) = [record.message for record in caplog.records]
+        assert ", compiled;" in line
+        assert ("as remembered" in line) == (turn == 1)
+        caplog.clear()
+
+
+def test_auto_draws_the_random_numbers_that_eager_code_draws():
+    model, step = build(slow_eagerly, "auto")
+    torch.manual_seed(3)
+    step(batch_of())
+    assert isinstance(step._step.loss_fn, Compiled)
+    found = gradients_of(model)
+    other, eager = build(mean_loss, None, micro_batch=step.split.size)
+    torch.manual_seed(3)
+    eager(batch_of())
+    assert relative_error(found, gradients_of(other)) <= 1e-6  # another mask would be off by tenths
+    torch.manual_seed(4)
+    eager(batch_of())
+    assert relative_error(found, gradients_of(other)) > 1e-2, "the control"
+
+
+def test_auto_does_not_trust_a_compiled_function_that_disagrees(caplog):
+    def changes(model: nn.Module, batch: Any) -> Tensor:
+        return slow_eagerly(model, batch) * (1.5 if torch.compiler.is_compiling() else 1.0)
+
+    model, step = build(changes, "auto")
+    model.eval()
+    with caplog.at_level(logging.WARNING, logger="macrobatch"):
+        step(batch_of())
+    assert not isinstance(step._step.loss_fn, Compiled)
+    assert relative_error(gradients_of(model), full_batch_gradient(model, mean_loss, batch_of())) <= 1e-6
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("capture: is not compiled, since its gradient is 5.0e-01 from that of the code")
+
+
+def test_auto_stays_eager_where_compiling_gains_nothing():
+    def fast_eagerly(model: nn.Module, batch: Any) -> Tensor:
+        loss = mean_loss(model, batch)
+        if torch.compiler.is_compiling():
+            product = batch[0] @ batch[0].T
+            for _ in range(60):  # one after the other, so that none can be left out
+                product = (product @ product).tanh()
+            loss = loss + 0 * product.sum()
+        return loss
+
+    _, step = build(fast_eagerly, "auto")
+    step(batch_of())
+    assert step._step.loss_fn is fast_eagerly
+    assert step.split.survey.compiled_s is None
+
+
+def test_sizes_of_recorded_steps_are_measured_replayed_and_in_twice_the_memory():
+    sizes = {}
+    for name, graphs in (("eager", None), ("recorded", Graphs(Tape()))):
+        with HostMemory() as memory:
+            _, step = build(mean_loss, graphs, micro_batch=mb.Auto(memory=memory, remembers=False, memory_fraction=1.0))
+            memory.limit_bytes = memory.num_bytes + 150_000
+            step.split.cut(batch_of(2000))
+        sizes[name] = step.split.survey.largest
+        if graphs is not None:
+            assert graphs._recorder.num_replays > 0
+            assert graphs.num_recordings == 0, "of what was tried, nothing is kept"
+    assert 0.4 * sizes["eager"] <= sizes["recorded"] <= 0.6 * sizes["eager"]
