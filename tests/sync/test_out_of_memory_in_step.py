@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import macrobatch as mb
 from macrobatch.core.microstep import LossFn, MicroStep
 from macrobatch.core.tally import Tally
+from macrobatch.errors import ArgumentError
 from macrobatch.plan.memory import HostMemory
 from macrobatch.sync import Policy, ShardedSync, WrappedSync
 
@@ -237,3 +238,45 @@ def test_ranks_under_ddp_find_sizes_of_their_own(ranks):
     outcomes = ranks(2, timeout_s=IMPATIENT_S).run(planned, partial(wrapped, {}), [None, 60_000])
     assert outcomes[0][0]["largest"] == 200
     assert outcomes[1][0]["largest"] < 210
+
+
+def failing_first() -> list[str]:
+    """Rank 0 has a batch of which nobody can tell how many rows it has, then a good one."""
+    model, sync = sharded("reshard-each", "plain", nn.Sequential(nn.Linear(WIDTH, 4)))
+    auto = mb.Auto(remembers=False)
+    step = mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=auto, sync=sync)
+    (good,) = batches([20])
+    first = (good[0], good[1][:3]) if dist.get_rank() == 0 else good
+    return [num_samples_or_error(step, batch) for batch in (first, good, None if dist.get_rank() else good)]
+
+
+def num_samples_or_error(step: mb.TrainStep, batch: Any) -> str:
+    try:
+        return str(step(batch).num_samples)
+    except Exception as error:
+        return type(error).__name__
+
+
+def test_an_error_before_the_plan_is_told_to_all(ranks):
+    outcomes = ranks(2, timeout_s=IMPATIENT_S).run(failing_first)
+    assert outcomes == [["BatchError", "20", "20"], ["PeerError", "20", "0"]]
+
+
+def refused(kind: str) -> str:
+    model: Any = nn.Sequential(nn.Linear(WIDTH, 4))
+    if kind == "fsdp1":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    else:
+        model = DistributedDataParallel(model, static_graph=True)
+    try:
+        mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch="auto")
+    except ArgumentError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "static graph"])
+def test_wrappers_that_synchronise_in_the_middle_are_refused(ranks, kind):
+    for message in ranks(2, timeout_s=IMPATIENT_S).run(refused, kind):
+        assert "WrappedSync" in message
+        assert "micro_batch=16" in message
