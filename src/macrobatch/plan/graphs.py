@@ -85,6 +85,8 @@ class Graphs(MicroStep):
         return Surroundings.of(self.model, self.gradients, self.device).obstacle is None
 
     def fresh(self) -> Graphs:
+        if self._recorder is None and hasattr(self, "device"):
+            self._recorder = CudaRecorder(self.device)  # one for all: libraries keep a workspace for each stream
         other = Graphs(self._recorder, num_rehearsals=self._num_rehearsals)
         other._said = self._said
         return other
