@@ -79,15 +79,17 @@ class Recorder:
             yield x
 
 
-# --- the window's gradient (W1, W2) ---
+# --- the window's gradient ---
 
 
+@pytest.mark.better("W1")
 @pytest.mark.parametrize(("package", "last"), [(ORIGINAL, -2.0), (OURS, -4.0)])
 def test_short_window_is_divided_by_what_it_has(package, last):
     run = Recorder(accelerator(package), [-4.0] * 10)
     assert run.epoch() == [(3, -4.0), (7, -4.0), (9, last)]
 
 
+@pytest.mark.better("W1")
 @pytest.mark.parametrize(
     ("package", "expected"), [(ORIGINAL, (1 + 3 + 100) / 4), (OURS, (1 * 4 + 3 * 4 + 100 * 2) / 10)]
 )
@@ -131,12 +133,14 @@ def error(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
     return float((pair[0] - pair[1]).norm() / pair[1].norm())
 
 
+@pytest.mark.better("W2")
 @pytest.mark.parametrize("package", BOTH)
 def test_mean_of_token_means_is_not_the_mean_over_tokens(package):
     # The control: what both do with a mean over tokens and no weight.
     assert error(token_gradient(package, lambda a, out, ids: a.backward(F.cross_entropy(out, ids)))) > 0.05
 
 
+@pytest.mark.better("W2")
 @pytest.mark.parametrize("on_device", [False, True])
 def test_weight_makes_tokens_count_equally(on_device):
     def backward(door: Any, out: torch.Tensor, ids: torch.Tensor) -> None:
@@ -146,9 +150,10 @@ def test_weight_makes_tokens_count_equally(on_device):
     assert error(token_gradient(OURS, backward)) < 1e-6  # float32: a few hundred roundings of 6e-8
 
 
-# --- around the window (W3, W5, W6, W16, W18, W-N, W19) ---
+# --- around the window ---
 
 
+@pytest.mark.better("W3")
 @pytest.mark.parametrize(("package", "gradient"), [(ORIGINAL, -1.0), (OURS, -4.0)])
 def test_accumulate_forgotten_steps_on_whole_gradients(package, gradient):
     run = Recorder(accelerator(package), [-4.0] * 3)
@@ -186,6 +191,7 @@ def test_windows_accumulated_by_hand_undo_the_division_by_n(package):
     assert run.seen == [(0, 3.0), (1, 5.0)]
 
 
+@pytest.mark.better("W3")
 @pytest.mark.parametrize("package", BOTH)
 def test_plain_backward_in_a_window(package):
     run = Recorder(accelerator(package, 2), [-4.0] * 2)
@@ -204,6 +210,7 @@ def test_plain_backward_in_a_window(package):
             loop()
 
 
+@pytest.mark.better("W3")
 @pytest.mark.parametrize(("package", "steps"), [(ORIGINAL, [4, 8, 9, 10, 11]), (OURS, [4, 8, 11])])
 def test_batches_cut_up_by_the_loop(package, steps):
     # Each loader batch of 4 (the last of 3) is cut into micro-batches of 1; windows of 4.
@@ -216,6 +223,7 @@ def test_batches_cut_up_by_the_loop(package, steps):
     assert [index for index, _ in run.seen] == steps
 
 
+@pytest.mark.better("W5")
 @pytest.mark.parametrize("num_eval", [2, 4])
 @pytest.mark.parametrize("package", BOTH)
 def test_evaluation_left_by_break_inside_training(package, num_eval):
@@ -231,6 +239,7 @@ def test_evaluation_left_by_break_inside_training(package, num_eval):
     assert (steps == [3, 7, 11, 13]) == (package == OURS)
 
 
+@pytest.mark.better("W5")
 @pytest.mark.parametrize("package", BOTH)
 def test_first_batch_taken_before_training(package):
     run = Recorder(accelerator(package), [-4.0] * 8)
@@ -242,6 +251,7 @@ def test_first_batch_taken_before_training(package):
     assert (steps == [3, 7]) == (package == OURS)
 
 
+@pytest.mark.better("W6")
 @pytest.mark.parametrize("package", BOTH)
 def test_break_in_a_window_then_zero_grad(package):
     run = Recorder(accelerator(package), [-4.0] * 8)
@@ -255,6 +265,7 @@ def test_break_in_a_window_then_zero_grad(package):
     assert (steps == [3, 7]) == (package == OURS)
 
 
+@pytest.mark.better("W16")
 @pytest.mark.parametrize("package", BOTH)
 def test_zip_of_a_short_and_a_long_loader(package):
     run = Recorder(accelerator(package), [-4.0] * 10)
@@ -266,6 +277,7 @@ def test_zip_of_a_short_and_a_long_loader(package):
     assert (steps == [3, 7, 9]) == (package == OURS)
 
 
+@pytest.mark.better("W18")
 @pytest.mark.parametrize(("package", "second"), [(ORIGINAL, -8.0), (OURS, -4.0)])
 def test_continue_on_the_last_micro_batch(package, second):
     run = Recorder(accelerator(package), [-4.0] * 12)
@@ -279,6 +291,7 @@ def test_continue_on_the_last_micro_batch(package, second):
     assert run.seen == [(7, second), (11, -4.0)]
 
 
+@pytest.mark.better("W-N")
 @pytest.mark.parametrize("package", BOTH)
 def test_number_of_steps_changed_while_training(package):
     run = Recorder(accelerator(package), [-4.0] * 20)
@@ -291,6 +304,7 @@ def test_number_of_steps_changed_while_training(package):
     assert run.accelerator.gradient_accumulation_steps == 5
 
 
+@pytest.mark.better("W19")
 @pytest.mark.parametrize("package", BOTH)
 def test_clip_without_asking_for_sync_gradients(package):
     door = accelerator(package, 2)
@@ -376,9 +390,10 @@ def test_two_steps_in_one_block_are_refused_in_a_window_and_legal_alone():
         twice()
 
 
-# --- several models, several accelerators (W15, W17) ---
+# --- several models, several accelerators ---
 
 
+@pytest.mark.better("W17")
 @pytest.mark.parametrize("package", BOTH)
 def test_generator_and_discriminator_have_windows_of_their_own(package):
     door = accelerator(package, 2)
@@ -441,6 +456,7 @@ def test_gan_without_accumulate_is_plain_pytorch():
     assert torch.equal(*results)
 
 
+@pytest.mark.better("W15")
 @pytest.mark.parametrize("package", BOTH)
 def test_second_accelerator_leaves_the_first_alone(package):
     run = Recorder(accelerator(package), [-4.0] * 8)
@@ -452,6 +468,7 @@ def test_second_accelerator_leaves_the_first_alone(package):
 # --- what it is given ---
 
 
+@pytest.mark.better("W25")
 @pytest.mark.parametrize("num_steps", [0, -3, 2.5, "4", None, True, math.nan], ids=str)
 def test_number_of_steps_that_is_none_is_refused(num_steps):
     with pytest.raises((ValueError, TypeError), match="given"):
@@ -462,11 +479,13 @@ def test_number_of_steps_that_is_none_is_refused(num_steps):
     assert door.gradient_accumulation_steps == 4
 
 
+@pytest.mark.better("W25")
 @pytest.mark.parametrize("num_steps", [0, -3])
 def test_original_takes_any_number(num_steps):
     accelerator(ORIGINAL, num_steps)  # the control: nothing is said
 
 
+@pytest.mark.better("W13")
 def test_plugin_snippet_of_the_guide():
     steps = {}
     for package in BOTH:
@@ -482,6 +501,7 @@ def test_plugin_snippet_of_the_guide():
     assert steps == {ORIGINAL: 1, OURS: 4}
 
 
+@pytest.mark.better("W25")
 def test_explicit_argument_beats_the_environment(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     assert accelerator(ORIGINAL, 8).gradient_accumulation_steps == 2
@@ -504,7 +524,7 @@ def test_unknown_argument_is_refused():
         accelerator(OURS, even_batches=True)
 
 
-# --- wrappers (W23) ---
+# --- wrappers ---
 
 
 def test_wrappers_keep_what_they_wrap():

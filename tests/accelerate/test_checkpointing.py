@@ -202,6 +202,7 @@ def naming(folder: Path, **options: Any) -> dict[str, Any]:
     return {"project_config": ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, **options)}
 
 
+@pytest.mark.better("W22")
 def test_numbers_go_on_after_loading(tmp_path: Path):
     run = Run(**naming(tmp_path))
     assert [Path(run.accelerator.save_state()).name for _ in range(2)] == ["checkpoint_0", "checkpoint_1"]
@@ -215,6 +216,7 @@ def test_numbers_go_on_after_loading(tmp_path: Path):
     assert Path(run.accelerator.save_state()).name == "checkpoint_3"
 
 
+@pytest.mark.better("W22")
 def test_the_original_cannot_save_after_loading(tmp_path: Path):
     original = importlib.import_module("accelerate")
     options = {"project_dir": str(tmp_path), "automatic_checkpoint_naming": True}

@@ -116,6 +116,8 @@ def continued(
         return found, [rows(batch) for batch in loader], gathered
 
 
+@pytest.mark.better("W9")
+@pytest.mark.better("W8")
 @pytest.mark.parametrize("kind", ["plain", "seeded"])
 def test_the_original_repeats_and_loses_samples(kind: str, tmp_path: Path):
     whole, _ = interrupted(kind, 1, 4, tmp_path, ORIGINAL)
@@ -124,6 +126,8 @@ def test_the_original_repeats_and_loses_samples(kind: str, tmp_path: Path):
     assert sorted(chain(*whole[:4], *rest)) != list(range(SIZE))
 
 
+@pytest.mark.better("W9")
+@pytest.mark.better("W8")
 @pytest.mark.parametrize("stop", [1, 4, 11])
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("kind", [*KINDS, "worker"])
@@ -324,7 +328,7 @@ def test_what_is_no_state_is_refused(state: Any):
         assert loader.iteration == 0
 
 
-# --- metrics (W11) ---
+# --- metrics ---
 
 
 def metrics_after_skipping(package: str, num_batches: int) -> list[int]:
@@ -334,6 +338,7 @@ def metrics_after_skipping(package: str, num_batches: int) -> list[int]:
         return list(chain(*(accelerator.gather_for_metrics(batch).tolist() for batch in skipping)))
 
 
+@pytest.mark.better("W11")
 def test_metrics_after_skipping_have_no_duplicates(ranks: Any):
     original = ranks(2).run(metrics_after_skipping, ORIGINAL, 1)[0]
     assert original == [*range(4, 11), 0]  # the control

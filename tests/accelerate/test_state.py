@@ -50,11 +50,13 @@ def launched(door: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     return sorted(path.read_text(encoding="utf-8") for path in folder.glob(f"{door}.*"))
 
 
+@pytest.mark.better("W20")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_torchrun_without_gpu_is_two_jobs_in_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert launched(ORIGINAL, tmp_path, monkeypatch) == ["1 True None NO cpu"] * 2  # the control
 
 
+@pytest.mark.better("W20")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_torchrun_without_gpu_is_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert launched(OURS, tmp_path, monkeypatch) == ["2 False gloo MULTI_CPU cpu", "2 True gloo MULTI_CPU cpu"]
