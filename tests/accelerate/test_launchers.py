@@ -68,6 +68,29 @@ def test_one_process_is_a_plain_call(tmp_path: Path):
     assert notebook_launcher(write_facts, (tmp_path,), num_processes=1) == "1 NO None no"
 
 
+def test_debug_launcher_of_one_process_may_be_called_again(tmp_path: Path):
+    for attempt in range(2):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        debug_launcher(write_facts, (folder,), num_processes=1)
+        assert facts(folder) == ["1 NO None no"]
+    with pytest.raises(ValueError, match="on purpose"):
+        debug_launcher(train_then_fail, num_processes=1)
+    debug_launcher(train_then_fail, (False,), num_processes=1)
+    assert not PartialState._shared_state
+
+
+def train_then_fail(fails: bool = True) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    assert accelerator.device.type == "cpu"
+    model, optimizer = accelerator.prepare(model := nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1))
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        optimizer.step()
+    if fails:
+        raise ValueError("on purpose")
+
+
 def fail() -> None:
     raise ValueError("on purpose")
 

@@ -82,10 +82,18 @@ def notebook_launcher(
 
 
 def debug_launcher(function: Callable[..., Any], args: Iterable[Any] = (), num_processes: int = 2) -> None:
-    """Run a function on a few CPU ranks, to try it out."""
+    """Run a function on a few CPU ranks, to try it out. With one, in this process, which forgets it afterwards: as from
+    several, nothing of its state is left.
+
+    Raises:
+        WindowError: there is an `Accelerator` already.
+    """
     _refuse_state("debug_launcher")
-    with patch_environment(ACCELERATE_USE_CPU="yes"):
-        launch.spawn(function, args, num_processes, backend="gloo", start_method=_method(function, num_processes))
+    try:
+        with patch_environment(ACCELERATE_USE_CPU="yes"):
+            launch.spawn(function, args, num_processes, backend="gloo", start_method=_method(function, num_processes))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
 
 
 def _method(function: Callable[..., Any], num_processes: int) -> Literal["auto", "fork"]:
