@@ -256,6 +256,28 @@ def test_importing_what_is_not_part_of_it_says_what_to_use(name: str):
         exec(f"from macrobatch.accelerate.utils import {name}")
 
 
+MERELY_HELPERS = {
+    *["prepare_data_loader", "prepare_optimizer", "prepare_scheduler", "initialize"],  # of Megatron-LM
+    *["get_parameter_device", "get_parameters_from_modules", "env_var_path_add"],
+}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *["big_modeling", "hooks", "inference", "parallelism_config"],
+        *[f"utils.{name}" for name in ("deepspeed", "megatron_lm", "bnb", "offload", "ao", "transformer_engine")],
+        *["utils.fsdp_utils", "utils.launch"],
+    ],
+)
+def test_modules_of_what_is_not_part_of_it_say_what_to_use(module: str):
+    names = {path.removeprefix(f"{module}.") for path, _ in public_names(module)}
+    assert len(names - MERELY_HELPERS) >= 1
+    for name in names - MERELY_HELPERS:
+        with pytest.raises(ImportError, match=rf"{name}: .* To fix it, "):
+            exec(f"from {OURS}.{module} import {name}")
+
+
 def test_constants_are_the_originals():
     theirs, mine = (vars(importlib.import_module(f"{package}.utils.constants")) for package in (ORIGINAL, OURS))
     names = {name for name in mine if name.isupper()}
