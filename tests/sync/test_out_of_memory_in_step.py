@@ -5,6 +5,8 @@ A dispatch mode fails as an allocator would: at an operator that makes a new ten
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
@@ -280,3 +282,33 @@ def test_wrappers_that_synchronise_in_the_middle_are_refused(ranks, kind):
     for message in ranks(2, timeout_s=IMPATIENT_S).run(refused, kind):
         assert "WrappedSync" in message
         assert "micro_batch=16" in message
+
+
+def remembering(folders: list[str]) -> list[int]:
+    """How many micro-batches are tried by three steps; before the last, rank 1 loses what it has remembered."""
+    tried: list[int] = []
+    before, rank = os.environ.get("MACROBATCH_CACHE", ""), dist.get_rank()
+    os.environ["MACROBATCH_CACHE"] = folders[rank]
+    for turn in range(3):
+        if turn == 2 and rank == 1:
+            shutil.rmtree(folders[rank])
+        calls: list[int] = []
+
+        def counted(model: nn.Module, batch: Any, calls: list[int] = calls) -> Tensor:
+            calls.append(len(batch[0]))
+            return loss_fn(model, batch)
+
+        model, sync = sharded("reshard-each", "plain", nn.Sequential(nn.Linear(WIDTH, 4)))
+        step = mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), counted, sync=sync)
+        result = step(batches([20])[0])
+        tried.append(len(calls) - result.num_micro_batches)
+    os.environ["MACROBATCH_CACHE"] = before
+    return tried
+
+
+def test_what_is_remembered_counts_if_all_ranks_remember_it(ranks, tmp_path):
+    first, second = ranks(2).run(remembering, [str(tmp_path / name) for name in "ab"])
+    assert first == second
+    assert first[0] > 0
+    assert first[1] == 0
+    assert first[2] > 0
