@@ -29,6 +29,7 @@ from macrobatch.core.tally import Tally
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.memory import HostMemory
 from macrobatch.sync import Policy, ShardedSync, WrappedSync
+from tests.sync.windows import Collectives
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -312,3 +313,19 @@ def test_what_is_remembered_counts_if_all_ranks_remember_it(ranks, tmp_path):
     assert first[0] > 0
     assert first[1] == 0
     assert first[2] > 0
+
+
+def collectives_of_a_window(micro_batch: Any) -> dict[str, int]:
+    model, sync = sharded("reshard-each", "plain", nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mb.TrainStep(model, optimizer, loss_fn, micro_batch=micro_batch, sync=sync)
+    step.window(batches([8, 8]))
+    with Collectives() as seen:
+        step.window(batches([8, 8]))
+    return dict(seen.count)
+
+
+def test_a_window_in_which_nothing_happens_has_no_collective_more(ranks):
+    given = ranks(2).run(collectives_of_a_window, 1)
+    assert ranks(2).run(collectives_of_a_window, mb.Auto()) == given
+    assert given[0]["reduce_scatter_base"] == 4  # two layers, two micro-batches
