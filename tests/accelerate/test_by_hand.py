@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered
@@ -246,3 +247,22 @@ def prepared_later(package: str) -> list[float]:
 @pytest.mark.parametrize("package", BOTH)
 def test_a_gradient_that_is_held_outlives_the_preparation_of_another_model(ranks: Any, package: str):
     assert ranks(2).run(prepared_later, package) == [[1.0, 1.5], [2.0, 1.5]]
+
+
+def behind_a_checkpoint(package: str, in_blocks: bool) -> list[float]:
+    """The gradient of a model of which the graph shows nothing: only a re-entrant checkpoint of it."""
+    with entered(package) as door:
+        accelerator = door.Accelerator(cpu=True)
+        module = nn.Linear(1, 1, bias=False)
+        weight = module.weight
+        model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
+        x = torch.full((1, 1), 1.0 + accelerator.process_index, requires_grad=True)
+        with accelerator.accumulate(model) if in_blocks else nullcontext():
+            accelerator.backward(checkpoint(model, x, use_reentrant=True).sum())
+            optimizer.step()
+        return weight.grad.flatten().tolist()
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_model_behind_a_checkpoint_is_reduced(ranks: Any, in_blocks: bool):
+    assert ranks(2).run(behind_a_checkpoint, OURS, in_blocks) == [[1.5], [1.5]]
