@@ -7,12 +7,15 @@ rounding alone, 1e-6 relative, where the incoming gradients are the same; a bf16
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -226,6 +229,135 @@ def test_layers_that_cannot_be_fused_are_left_as_they_are(change):
     fused, num = num_products(model, ids_BT, fused_linear=True)
     assert num == 8  # the head alone
     assert relative_error(fused, plain) < 1e-2
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * F.linear(input, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "value"),
+    [
+        (nn.Embedding(7, 4), "scale_grad_by_freq", True),
+        (nn.Embedding(7, 4), "max_norm", 0.5),
+        (nn.Embedding(7, 4), "padding_idx", -1),
+        (nn.Linear(5, 4, dtype=BF16), "__class__", Doubled),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_settings_that_change_between_windows_are_seen(layer, name, value):
+    torch.manual_seed(0)
+    batch = torch.randint(0, 7, (9, 5)) if isinstance(layer, nn.Embedding) else torch.randn(9, 5, dtype=BF16)
+    found = {}
+    for fused in (False, True):
+        seen: dict[str, Tensor | None] = {}
+        twin = copy.deepcopy(layer)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_, m=twin, s=seen: s.update(gradients_of(m)))
+        step = mb.TrainStep(
+            twin, optimizer, lambda m, x: m(x).float().square().mean(), micro_batch=9, fused_linear=fused
+        )
+        step(batch)
+        before = dict(seen)
+        setattr(twin, name, value)
+        step(batch)
+        found[fused] = dict(seen)
+        assert relative_error(seen, before) > 1e-2  # the control: it matters
+    assert relative_error(found[True], found[False]) < 1e-2  # bf16
+
+
+class Cut(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_that_does_not_arrive_is_none(fused):
+    """A zero would let weight decay move the weight."""
+    layers = nn.ModuleDict({"embed": nn.Embedding(7, 4), "cut": nn.Linear(4, 4), "head": nn.Linear(4, 2)}).to(BF16)
+
+    def loss(layers: Any, ids: Tensor) -> Tensor:
+        x = layers["embed"](ids)
+        return (layers["head"](torch.ones_like(x)).sum() + Cut.apply(layers["cut"](x)).sum()).float()
+
+    seen = window(layers, torch.randint(0, 7, (9, 5)), loss=loss, fused_linear=fused)
+    assert {name for name, gradient in seen.items() if gradient is None} == {"embed.weight", "cut.weight", "cut.bias"}
+
+
+def test_a_hook_set_within_the_loss_is_called():
+    def loss(layer: Any, x: Tensor) -> Tensor:
+        handle = layer.weight.register_hook(torch.zeros_like)
+        try:
+            return layer(x).float().mean()
+        finally:
+            handles.append(handle)
+
+    handles: list[Any] = []
+    seen = window(
+        nn.Linear(4, 2, dtype=BF16), torch.ones(6, 4, dtype=BF16), micro_batch=6, loss=loss, fused_linear=True
+    )
+    assert not seen["weight"].any()
+    assert seen["bias"].any()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_layers_without_outputs(kind):
+    layers = nn.ModuleList([kind(4, 0), nn.Linear(1, 1)]).to(BF16)
+    batch = torch.zeros(6, dtype=torch.int64) if kind is nn.Embedding else torch.ones(6, 4, dtype=BF16)
+
+    def loss(layers: Any, batch: Tensor) -> Tensor:
+        return layers[0](batch).float().sum() + layers[1](torch.ones(1, 1, dtype=BF16)).float().sum()
+
+    assert window(layers, batch, loss=loss, fused_linear=True)["1.weight"].item() == 1
+
+
+def test_inputs_by_name_and_forward_mode():
+    def loss(layers: Any, ids: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            x = layers[0](input=ids)
+            y = layers[1](input=forward_ad.make_dual(x, torch.ones_like(x)))
+            value, slope = forward_ad.unpack_dual(y)
+            return value.float().mean() + slope.float().square().mean()
+
+    layers, ids = nn.ModuleList([nn.Embedding(5, 4), nn.Linear(4, 2)]).to(BF16), torch.randint(0, 5, (9, 3))
+    plain = window(copy.deepcopy(layers), ids, loss=loss)
+    assert relative_error(window(layers, ids, loss=loss, fused_linear=True), plain) < 1e-2
+
+
+def test_steps_built_anew_leave_no_buffer_behind():
+    layer, x = nn.Linear(8, 8, dtype=BF16), torch.ones(2, 8, dtype=BF16)
+    buffers: list[weakref.ref[Tensor]] = []
+    for _ in range(4):
+        optimizer = torch.optim.SGD(layer.parameters())
+        step = mb.TrainStep(layer, optimizer, lambda m, x: m(x).float().mean(), micro_batch=2, fused_linear=True)
+        step(x)
+        buffers.append(weakref.ref(step.gradients.slots[0].view))
+    gc.collect()
+    assert [buffer() is not None for buffer in buffers] == [False, False, False, True]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+def test_windows_are_compiled_once():
+    model, ids_BT = tied()
+    torch._dynamo.reset()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = mb.TrainStep(model, optimizer, loss_fn, micro_batch=8, capture="compile", fused_linear=True)
+    for _ in range(2):
+        step(ids_BT)
+    num = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(3):
+        model(ids_BT).backward()  # eagerly, between windows
+        step(ids_BT)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num
 
 
 def test_fp32_weights_are_left_as_they_are():

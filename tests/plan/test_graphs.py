@@ -631,6 +631,53 @@ def test_a_kind_of_loss_that_changes_is_not_recorded(lines):
     ]
 
 
+def test_a_module_in_the_place_of_a_freed_one_is_noticed():
+    """Where its address is the same, too; a recording of the other one would give another gradient."""
+    found = []
+    for capture in (None, taped()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+        step = mb.TrainStep(model, SGD(model.parameters(), lr=0.0), classes, micro_batch=1, capture=capture)
+        for index in range(6):
+            model[1] = None
+            model[1] = nn.Tanh() if index % 2 else nn.GELU()
+            step(batches(1)[0])
+            found.append(gradients_of(model))
+    for plain, replayed in zip(found[:6], found[6:], strict=True):
+        assert relative_error(replayed, plain) < 1e-6
+    assert steps_of(capture) > 0
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey:UserWarning")  # eagerly, too
+def test_a_weight_turned_where_it_lies_is_noticed():
+    found = []
+    for capture in (None, taped()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+        step = mb.TrainStep(model, SGD(model.parameters(), lr=0.0), classes, micro_batch=1, capture=capture)
+        step(batches(1)[0])
+        before = gradients_of(model)
+        model[0].weight.data = model[0].weight.data.t()
+        step(batches(1)[0])
+        found.append(gradients_of(model))
+        assert relative_error(found[-1], before) > 1e-2  # the control
+    assert relative_error(found[1], found[0]) < 1e-6
+
+
+def test_sparse_gradients_are_not_recorded(lines):
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return model(ids).square().mean()
+
+    torch.manual_seed(0)
+    model, ids = nn.Embedding(7, 4, sparse=True), torch.randint(0, 7, (12, 3))
+    exact = full_batch_gradient(nn.Embedding.from_pretrained(model.weight.data, freeze=False), loss, ids)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    step = mb.TrainStep(model, optimizer, loss, micro_batch=1, sparse_grad="densify", capture=taped())
+    step(ids)
+    assert relative_error(gradients_of(model), exact) < 1e-6
+    assert lines() == ["capture: runs eagerly, since a Embedding makes sparse gradients, which differ in size"]
+
+
 class Additions(TorchDispatchMode):
     """How often something was added in place, by the name of the operation."""
 

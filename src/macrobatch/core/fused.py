@@ -12,6 +12,7 @@ Source: `torch.addmm(..., out_dtype=torch.float32)`, https://docs.pytorch.org/do
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.utils.hooks import RemovableHandle
 
@@ -39,7 +41,7 @@ class FusedLinear:
     that they share is added to by both. Left as they are: frozen weights, those with hooks, parametrized or spread over
     ranks, layers with a forward of their own, linear layers that compute in fp32, and embeddings with
     `scale_grad_by_freq` or `max_norm`. A backward with `create_graph=True` and `torch.autograd.grad` work as ever,
-    unless they are part of what torch.compile compiles.
+    unless they are part of what torch.compile compiles. Hooks on a weight's node of the graph are not seen.
 
     ```pycon
     >>> layer = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
@@ -60,18 +62,21 @@ class FusedLinear:
         self._nodes: list[Any] = []
         """What adds to the weights' gradients: held, since autograd does not, with a hook on each."""
         self._hooks: list[RemovableHandle] = []
+        self._run_eagerly: set[int] = set()
+        """Weights of layers whose forward Python ran in this window, by `id`."""
 
     @contextmanager
     def into(self, gradients: GradientBuffer) -> Generator[None]:
         """For the time of this context, which is all of a window's forwards and backwards, write to this buffer."""
         if self._layout is not gradients.slots:
-            self._watch(list(_layers_of(self._model, gradients)))
+            self._watch(list(_layers_of(self._model, gradients, self._run_eagerly)))
             self._layout = gradients.slots
         for slot in gradients.slots:
             _add_as_it_comes(slot)
         layers = [layer for layer in self._layers if layer.is_free()]
         for layer in layers:
             layer.module.__dict__["forward"] = layer.forward
+        self._run_eagerly.clear()
         try:
             yield
         finally:
@@ -85,24 +90,28 @@ class FusedLinear:
         self._nodes = [get_gradient_edge(layer.slot.param).node for layer in layers]
         # A captured backward writes without moving the version counter, which says that a parameter was used.
         self._hooks = [
-            node.register_hook(partial(_used, layer.slot.view)) for node, layer in zip(self._nodes, layers, strict=True)
+            node.register_hook(partial(_used, weakref.ref(layer.slot.view), id(layer.slot.param), self._run_eagerly))
+            for node, layer in zip(self._nodes, layers, strict=True)
         ]
 
 
 class _Layer(NamedTuple):
     module: nn.Linear | nn.Embedding
     slot: Slot
-    forward: Callable[[Tensor], Tensor]
+    forward: partial[Tensor]
     """Always the same object, since a compiled model is compiled again for another one."""
 
     def is_free(self) -> bool:
-        """Whether nobody else has to see this gradient, or has set a forward."""
-        param: Any = self.slot.param
-        has_hooks = param._backward_hooks or param._post_accumulate_grad_hooks
-        return param.requires_grad and not has_hooks and "forward" not in self.module.__dict__
+        """Whether the layer is what it was, and nobody else has to see this gradient or has set a forward."""
+        is_the_same = _forward_for(self.module) is self.forward.func and "forward" not in self.module.__dict__
+        return is_the_same and self.slot.param.requires_grad and not _has_hooks(self.slot.param)
 
 
-def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]:
+def _has_hooks(param: Any) -> bool:
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
+def _layers_of(model: nn.Module, gradients: GradientBuffer, run_eagerly: set[int]) -> Generator[_Layer]:
     slots = {id(slot.param): slot for slot in gradients.slots}
     for module in model.modules():
         forward = _forward_for(module)
@@ -110,12 +119,12 @@ def _layers_of(model: nn.Module, gradients: GradientBuffer) -> Generator[_Layer]
             continue
         weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage] # a parametrized one is not there
         slot = slots.get(id(weight))
-        if slot is None or type(weight) is not nn.Parameter or weight.dtype not in _CAST:
+        if slot is None or type(weight) is not nn.Parameter or weight.dtype not in _CAST or not weight.numel():
             continue
         if slot.view.dtype is torch.float32 and slot.view.is_contiguous():
             # A captured graph is to write to it, not to a copy.
             torch._dynamo.mark_static_address(slot.view, guard=True)  # pyright: ignore[reportPrivateUsage]
-            yield _Layer(module, slot, partial(forward, module, weight, slot.view))  # pyright: ignore[reportArgumentType]
+            yield _Layer(module, slot, partial(forward, module, weight, slot.view, run_eagerly))  # pyright: ignore[reportArgumentType]
 
 
 def _forward_for(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -136,15 +145,28 @@ def _add_as_it_comes(slot: Slot) -> None:
         param.grad = slot.view
 
 
-def _used(view: Tensor, *_: Any) -> None:
-    increment_version(view)
+def _used(view: weakref.ref[Tensor], key: int, run_eagerly: set[int], *_: Any) -> None:
+    """A weight's backward is through. Where Python ran its forward, what was added has moved the version counter."""
+    if key not in run_eagerly and (there := view()) is not None:
+        increment_version(there)
 
 
-def _linear(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tensor:
-    weight: Tensor = module.weight
+def _known(module: nn.Module, param: Tensor, run_eagerly: set[int]) -> tuple[Tensor | None, bool]:
+    """What a backward has to ask of the parameter, None if it need not, and whether the layer is to be fused."""
+    if module.weight is not param or not torch.is_grad_enabled():
+        return None, False
+    if torch.compiler.is_compiling():  # what is compiled does not ask, and traces no `.grad`
+        return None, True
+    run_eagerly.add(id(param))
+    return param, not (_has_hooks(param) or _is_transformed())
+
+
+def _linear(module: nn.Linear, param: Tensor, view: Tensor, run_eagerly: set[int], input: Tensor) -> Tensor:
+    x, weight = input, module.weight
     bias: Any = module.bias
     kind = x.device.type
-    if weight is not param or not torch.is_grad_enabled() or _is_transformed():
+    known, is_fused = _known(module, param, run_eagerly)
+    if not is_fused:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(kind) and x.dtype in _CAST:
         dtype = torch.get_autocast_dtype(kind)
@@ -152,22 +174,20 @@ def _linear(module: nn.Linear, param: Tensor, view: Tensor, x: Tensor) -> Tensor
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype not in _HALF or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         return F.linear(x, weight, bias)
-    known = None if torch.compiler.is_compiling() else param  # what is compiled does not ask, and traces no `.grad`
     return _Linear.apply(x, weight, bias, known, view)  # pyright: ignore[reportReturnType]
 
 
-def _embedding(module: nn.Embedding, param: Tensor, view: Tensor, ids: Tensor) -> Tensor:
-    weight: Tensor = module.weight
-    if weight is not param or not torch.is_grad_enabled() or _is_transformed():
-        return F.embedding(ids, weight, module.padding_idx)
-    known = None if torch.compiler.is_compiling() else param
-    no_row = -1 if module.padding_idx is None else module.padding_idx
-    return _Embedding.apply(ids, weight, no_row, known, view)  # pyright: ignore[reportReturnType]
+def _embedding(module: nn.Embedding, param: Tensor, view: Tensor, run_eagerly: set[int], input: Tensor) -> Tensor:
+    known, is_fused = _known(module, param, run_eagerly)
+    if not is_fused:
+        return F.embedding(input, module.weight, module.padding_idx)
+    no_row = -1 if module.padding_idx is None else module.padding_idx % len(module.weight)
+    return _Embedding.apply(input, module.weight, no_row, known, view)  # pyright: ignore[reportReturnType]
 
 
 def _is_transformed() -> bool:
-    """Whether a transform of torch.func is at work, whose tensors are not what they seem."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    """Whether a transform of torch.func or forward-mode differentiation is at work: tensors are not what they seem."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
 class _Linear(torch.autograd.Function):
@@ -178,13 +198,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, param, view = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         ctx.view = view  # not among the saved: their versions are checked, and this one is there to be written to
         ctx.param = param  # not saved either: under checkpointing that may be an alias of it
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return None, None, None, None, None
         x, weight = ctx.saved_tensors
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -207,11 +230,14 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ids, weight, no_row, param, view = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids)
         ctx.num_rows, ctx.no_row, ctx.view, ctx.param = weight.shape[0], no_row, view, param
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return None, None, None, None, None
         (ids,) = ctx.saved_tensors
         ids_N, grad_NC = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         if torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from macrobatch import tree
 from macrobatch.core.autograd import backward
@@ -64,7 +64,7 @@ class Graphs(MicroStep):
         self._num_rehearsals = num_rehearsals
         self._max_recordings = max_recordings
         self._buckets: dict[Hashable, _Bucket] = {}
-        self._modes: dict[Hashable, int] = {}
+        self._modes: dict[Hashable, tuple[int, list[nn.Module]]] = {}
         self._mode = 0
         self._places: Hashable = None
         self._slots: list[Slot] = []
@@ -139,8 +139,8 @@ class Graphs(MicroStep):
     def _begin_window(self, tally: Tally) -> None:
         self._tally = tally
         self._num_windows += 1
-        places, mode, self._obstacle = Surroundings.of(self.model, self.gradients, self.device)
-        self._mode = self._modes.setdefault(mode, len(self._modes))
+        places, mode, self._obstacle, modules = Surroundings.of(self.model, self.gradients, self.device)
+        self._mode, _ = self._modes.setdefault(mode, (len(self._modes), modules))
         if self._obstacle is not None:
             self._say(self._obstacle)
         elif places != self._places or self.gradients.slots is not self._slots:

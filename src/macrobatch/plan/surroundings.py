@@ -76,11 +76,13 @@ class Surroundings(NamedTuple):
         places: where parameters, module buffers and gradients lie. A recording of other places is worthless.
         mode: switches that may be turned to and fro; there may be a recording for each position.
         obstacle: why the model cannot be recorded as it is, if so.
+        modules: of the model. `mode` names them by `id`, so whoever keeps that has to keep them, too.
     """
 
     places: Hashable
     mode: Hashable
     obstacle: str | None
+    modules: list[nn.Module]
 
     @classmethod
     def of(cls, model: nn.Module, gradients: GradientBuffer, device: torch.device) -> Surroundings:
@@ -93,7 +95,7 @@ class Surroundings(NamedTuple):
         if obstacle is None:
             buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]  # pyright: ignore[reportPrivateUsage]
             tensors = [*params, *buffers, *(flat.storage for flat in gradients.flats)]
-            places = tuple((id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors)
+            places = tuple((id(x), x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
         mode = (
             tuple(module.training for module in modules),
             tuple(param.requires_grad for param in params),
@@ -104,7 +106,7 @@ class Surroundings(NamedTuple):
             torch.backends.cudnn.benchmark,
             torch.are_deterministic_algorithms_enabled(),
         )
-        return cls(places, (tuple(map(id, modules)), mode), obstacle)
+        return cls(places, (tuple(map(id, modules)), mode), obstacle, modules)
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
@@ -129,6 +131,8 @@ def _obstacle(modules: Iterable[nn.Module], params: Iterable[Tensor]) -> str | N
     for module in modules:
         if isinstance(module, DistributedDataParallel | FullyShardedDataParallel | FSDPModule):
             return f"{type(module).__name__} synchronises ranks in its own forward and backward"
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            return f"a {type(module).__name__} makes sparse gradients, which differ in size"
         if _has_hooks(module):
             return f"a {type(module).__name__} has hooks, which a replay would not call"
     if torch_module._has_any_global_hook():  # pyright: ignore[reportPrivateUsage]
