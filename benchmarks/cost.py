@@ -47,7 +47,7 @@ def replicas(results: Path) -> list[Point]:
     alone = {
         size: TOKENS / row["rate"][1]
         for (name, size), row in rows(results, "doors-cuda").items()
-        if name.startswith("TrainStep, compile") and "fused" not in name
+        if name.startswith("TrainStep, compile, fused")
     }
     step = StepTime.fit([*alone], [window_s * size / 64 for size, window_s in alone.items()])
     job = Training(
@@ -63,7 +63,9 @@ def replicas(results: Path) -> list[Point]:
         for size, window_s in alone.items()
     ]
     two = {
-        size: row for (name, size), row in rows(results, "ranks-gpt124-cuda").items() if name == "macrobatch, captured"
+        size: row
+        for (name, size), row in rows(results, "ranks-gpt124-cuda").items()
+        if name == "macrobatch, captured, fused"
     }
     for size, row in sorted(two.items()):
         model_s = job.window(LINKS["nvlink"], 2, size).window_s

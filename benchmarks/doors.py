@@ -367,7 +367,7 @@ def _timed(
     error = float("nan")
     for _ in range(2):  # what is captured has been recorded after these
         error = relative_error(gradient(partial(run, few), optimizer, names), reference)
-    for _ in range(2):  # what is verified is trusted after these
+    for _ in range(8):  # what is recorded and verified is trusted after these
         run(batch)
     start_s = time.perf_counter() - began
     if is_cuda:
