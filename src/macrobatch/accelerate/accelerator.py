@@ -178,11 +178,12 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         """
         if not isinstance(loss, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise LossError("backward", given=repr(loss), expected="a tensor", fix="pass the loss itself, not .item()")
-        if not self._windows.trains(loss, is_inside=bool(self._inside)):
-            num_items = 1 if weight is None else weight
+        inside = self._inside[-1] if self._inside else None
+        if not self._windows.trains(loss, inside):
+            num_items = 1 if weight is None else weight + (weight == 0)
             (loss / (num_items * self.gradient_accumulation_steps)).backward(**kwargs)
             return
-        window = self._inside[-1] if self._inside else self._windows.of(())
+        window = inside or self._windows.of(())
         if not self._inside and not window.is_pending:
             window.begin_outside(is_weighted=weight is not None)
             self.gradient_state._sync_gradients = not self.gradient_state.is_held  # pyright: ignore[reportPrivateUsage]

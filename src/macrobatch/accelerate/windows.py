@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from macrobatch.accelerate.gradient_state import GradientState, Reading
 from macrobatch.core.accumulation import Accumulation
-from macrobatch.core.autograd import leaves_of, set_gradient
+from macrobatch.core.autograd import set_gradient
 from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.leaves import reaches
 from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import Constant, Normalize, make_policy
 from macrobatch.core.window import Window
@@ -230,6 +231,10 @@ class Windows:
         self._made: dict[frozenset[int], FedWindow] = {}
         self._known: dict[tuple[int, ...], FedWindow] = {}
         self._by_optimizer: dict[int, FedWindow] = {}
+        self._own: set[int] = set()
+        """Ids of what is trained, as of a window's first micro-batch."""
+        self._way: list[int] = []
+        """From the latest loss to one of these."""
 
     @property
     def all(self) -> list[FedWindow]:
@@ -251,21 +256,23 @@ class Windows:
             self._known[key] = self._find(models)
         return self._known[key]
 
-    def trains(self, loss: Tensor, *, is_inside: bool) -> bool:
+    def trains(self, loss: Tensor, inside: FedWindow | None) -> bool:
         """Whether a loss is a window's business: not if it adds to nothing that was prepared, nor, outside of blocks
         and in one process, if the script steps an optimizer of its own.
 
-        Inside a block of a single process it need not be looked for: there, a window's scale is 1/N in any case.
+        Args:
+            inside: the window of the block around its backward, if there is one.
         """
-        if self._world_size == 1 and (is_inside or not self.optimizers):
-            return is_inside
-        if not (self.optimizers or self.models or self._made):
+        if inside is None and not (self.optimizers or (self._world_size > 1 and (self.models or self._made))):
             return False
-        windows = self.all if is_inside else [self.of(())]
-        if any(window.sync.substitutes for window in windows):
-            return True
-        own = _ids_of(*self.optimizers) or {id(param) for window in windows for param in window.parameters()}
-        return any(leaf is None or id(leaf) in own for leaf in leaves_of(loss))
+        window = inside or self.of(())
+        for each in self._made.values():
+            if each.sync.substitutes:
+                return True
+        if not self._own or window.window.num_pending <= 1:
+            params = (id(param) for each in self.all for param in each.parameters())
+            self._own = _ids_of(*self.optimizers) or set(params)
+        return reaches(loss, self._own, self._way)
 
     def of_optimizer(self, optimizer: Optimizer) -> FedWindow:
         """The window that an optimizer steps for."""
@@ -287,6 +294,7 @@ class Windows:
     def _forget_answers(self) -> None:
         self._known.clear()
         self._by_optimizer.clear()
+        self._own.clear()
 
     def _find(self, models: tuple[Any, ...]) -> FedWindow:
         named = [model for model in models if isinstance(model, nn.Module)]
@@ -310,6 +318,7 @@ class Windows:
             )
             self._made[key].begin()
             self._by_optimizer.clear()
+            self._own.clear()
         return self._made[key]
 
     def _retire(self, key: frozenset[int]) -> None:

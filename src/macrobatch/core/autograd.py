@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.optim import Optimizer
 
 from macrobatch.errors import GradientError
@@ -19,7 +18,6 @@ __all__ = [
     "accumulation_dtype",
     "backward",
     "gradients_aside",
-    "leaves_of",
     "refuse_sparse",
     "set_gradient",
     "wider_aside",
@@ -92,32 +90,6 @@ def backward(tensors: list[Tensor], seeds: list[Tensor]) -> None:
         )
     else:  # a tensor subclass may have a backward of its own
         torch.autograd.backward(tensors, seeds)
-
-
-def leaves_of(loss: Tensor) -> Iterator[Tensor | None]:
-    """The tensors to whose gradients a backward of this loss adds, those nearest to it first. None where the graph
-    does not tell: at a function written in Python, which may run a backward of its own, as checkpoints do.
-
-    ```pycon
-    >>> layer = torch.nn.Linear(1, 1)
-    >>> {id(leaf) for leaf in leaves_of(layer(torch.ones(1, 1)).sum())} == set(map(id, layer.parameters()))
-    True
-
-    ```
-    """
-    if loss.grad_fn is None:
-        yield loss if loss.requires_grad else None
-        return
-    nodes: list[Any] = [loss.grad_fn]
-    seen = set(nodes)
-    for node in nodes:  # which grows
-        if isinstance(node, BackwardCFunction):
-            yield None
-        elif hasattr(node, "variable"):
-            yield node.variable
-        after = [node for node, _ in node.next_functions if node is not None and node not in seen]
-        seen.update(after)
-        nodes += after
 
 
 def accepts_wider(kind: type[Optimizer], options: dict[str, Any], param: Tensor, gradient: Tensor) -> bool:
