@@ -22,6 +22,7 @@ setup: $(STAMP) ## create .venv with macrobatch and everything that the other ta
 
 # constraints.txt holds torch at a release that has a CPU build, so that no CUDA package need be downloaded.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): some minutes the first time" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,plot,track,dev]"
 	@touch $@

@@ -317,7 +317,7 @@ def test_verify_target_that_is_not_there_exits_with_2(command, target, named):
     message = refused_in_one_message(command("verify", target))
     assert message.startswith("error: MODULE:FUNCTION: given ")
     assert named in message
-    assert message.endswith("To fix it, for example: macrobatch verify train.py:case.\n")
+    assert message.endswith("To fix it, name it as in train.py:case, where case is a function of train.py.\n")
 
 
 @pytest.mark.parametrize("target", ["cases:number", "cases.py:number"])

@@ -214,7 +214,7 @@ def _case(
             "MODULE:FUNCTION",
             given=f"{target!r} ({error})",
             expected="an importable module or a file, and a function in it",
-            fix="for example: macrobatch verify train.py:case",
+            fix="name it as in train.py:case, where case is a function of train.py",
         ) from None
     if not callable(function):
         raise ArgumentError(

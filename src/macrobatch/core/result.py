@@ -63,7 +63,8 @@ class StepResult:
 
     def __repr__(self) -> str:
         fate = f"skipped: {self.skipped}" if self.skipped else "updated"
+        num = f"{self.num_micro_batches} micro-batch{'es' * (self.num_micro_batches != 1)}"
         return (
             f"StepResult({fate}, loss={self.loss:.6g}, weight={self.weight:g}, grad_norm={self.grad_norm:.6g}, "
-            f"{self.num_micro_batches} micro-batches, {self.num_samples} samples)"
+            f"{num}, {self.num_samples} samples)"
         )

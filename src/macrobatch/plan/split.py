@@ -207,7 +207,7 @@ def make_split(micro_batch: object, *, autos: bool = False) -> Split | Auto:
             expected="an integer, Rows(n) or Tokens(n, lengths=...); only a TrainStep finds its size out",
             fix="pass a number of samples that fits, for example micro_batch=16",
         )
-    _check_size("micro_batch", micro_batch, "samples in a micro-batch")
+    _check_size("micro_batch", micro_batch, "samples in a micro-batch" + ', or "auto"' * autos)
     return Rows(micro_batch)  # pyright: ignore[reportArgumentType]
 
 
