@@ -5,11 +5,13 @@ A dispatch mode fails as an allocator would: at an operator that makes a new ten
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -50,6 +52,10 @@ class Allocator(TorchDispatchMode):
         self.fails_at = fails_at
         self.num = 0
 
+    def __enter__(self) -> Allocator:
+        self.num = 0
+        return super().__enter__()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("aten", "fsdp") and all(result.alias_info is None for result in func._schema.returns):
             self.num += 1
@@ -66,15 +72,17 @@ def batches(sizes: list[int]) -> list[Any]:
 
 
 class Failing(MicroStep):
-    """The first micro-batch of more than 16 samples runs out of memory at its n-th allocation."""
+    """Every micro-batch of more than so many samples runs out of memory, each at its n-th allocation, in turn."""
 
-    def __init__(self, fails_at: int) -> None:
-        self.allocator = Allocator(fails_at)
-        self._is_over = False
+    def __init__(self, fails_at: tuple[int, ...], most: int) -> None:
+        self.allocator = Allocator(0)
+        self.most: float = most
+        self._places = cycle(fails_at)
 
     def __call__(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
-        is_on = num_rows > 16 and not self._is_over
-        self._is_over = self._is_over or is_on
+        is_on = num_rows > self.most
+        if is_on:
+            self.allocator.fails_at = next(self._places)
         with self.allocator if is_on else nullcontext():
             super().__call__(loss_fn, micro_batch, num_rows, tally)
 
@@ -84,21 +92,30 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Run:
-    """Two windows of a step over all ranks."""
+    """Windows of a step over all ranks. Memory runs out in the last two, or not before the last."""
 
     def __init__(
-        self, micro_batch: Any, sizes: list[int], prepare: Callable[[Any], Any], *, fails_at: int = -1
+        self,
+        micro_batch: Any,
+        windows: list[list[int]],
+        prepare: Callable[[Any], Any],
+        *,
+        fails_at: tuple[int, ...] = (-1,),
+        most: int = 16,
     ) -> None:
         torch.manual_seed(1)
         layers = [layer for _ in range(2) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.2))]
         self.model, sync = prepare(nn.Sequential(*layers, nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4)))
         torch.manual_seed(100 + dist.get_rank())
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.failing = Failing(fails_at)
+        self.failing = Failing(fails_at, most)
         self.step = mb.TrainStep(
             self.model, optimizer, loss_fn, micro_batch=micro_batch, sync=sync, capture=self.failing
         )
-        self.num_run = [self.step.window(batches(sizes)).num_micro_batches for _ in range(2)]
+        self.num_run: list[int] = []
+        for sizes, is_on in zip(windows, [len(windows) < 3] * 2 + [True], strict=False):
+            self.failing.most = most if is_on else math.inf
+            self.num_run.append(self.step.window(batches(sizes)).num_micro_batches)
 
     def state(self) -> list[bytes]:
         tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
@@ -112,11 +129,11 @@ def mesh_of(kind: str) -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
-def sharded(policy: str | None, mesh: str, model: Any) -> tuple[Any, ShardedSync]:
+def sharded(policy: str | None, mesh: str, model: Any) -> tuple[Any, Any]:
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh_of(mesh))
-    return fully_shard(model, mesh=mesh_of(mesh)), ShardedSync(policy=None if policy is None else POLICIES[policy])
+    return fully_shard(model, mesh=mesh_of(mesh)), ShardedSync(policy=POLICIES[policy]) if policy else "auto"
 
 
 def wrapped(options: dict[str, Any], model: Any) -> tuple[Any, WrappedSync]:
@@ -139,17 +156,42 @@ def anywhere(prepare: partial[Any], victims: tuple[int, ...], stride: int) -> tu
     uncut = (
         1 if prepare.func.__name__ == "sharded" else mb.Auto()
     )  # under DDP, its last micro-batch draws random numbers, too
-    direct, other = Run(uncut, parts, prepare), Run(uncut, given, prepare)
-    counting = Run(mb.Auto(), given, prepare, fails_at=0)
+    direct, other = Run(uncut, [parts] * 2, prepare), Run(uncut, [given] * 2, prepare)
+    counting = Run(mb.Auto(), [given] * 2, prepare, fails_at=(0,))
     (num,) = most([counting.failing.allocator.num])
     problems = [] if other.state() != direct.state() else ["the control: another split has the same bits"]
     for place in range(1, num + 1, stride):
-        run = Run(mb.Auto(), given, prepare, fails_at=place if rank in victims else -1)
-        if run.num_run != direct.num_run:
-            problems.append(f"at {place}: {run.num_run} micro-batches instead of {direct.num_run}")
-        if run.state() != direct.state():
-            problems.append(f"at {place}: other bits")
+        run = Run(mb.Auto(), [given] * 2, prepare, fails_at=(place if rank in victims else -1,))
+        problems += [f"at {place}: {problem}" for problem in differences(run, direct)]
     return num, problems
+
+
+def again_and_again(prepare: partial[Any], victims: tuple[int, ...], stride: int) -> tuple[int, list[str]]:
+    """Fail three times in the third window, whose policy may be one that was chosen: in the first or in the last of the
+    micro-batches that are too large, each time at another place. Returns how many there were, and what went wrong.
+    """
+    is_victim = dist.get_rank() in victims
+    given = [4, 32] if is_victim else [12, 8]
+    direct, other = Run(1, [given, given, cut(given, 4)], prepare), Run(1, [given] * 3, prepare)
+    counting = Run(mb.Auto(), [given] * 3, prepare, fails_at=(0,), most=16)
+    (num,) = most([counting.failing.allocator.num])
+    problems = [] if other.state() != direct.state() else ["the control: another split has the same bits"]
+    for place in range(1, num + 1, stride):
+        one, two, three = (1 + (place - 1 + turn * num // 3) % num for turn in range(3))
+        for places in ((one, two, three), (one, 0, two, 0, 0, 0, three)):
+            fails_at = places if is_victim else (0,)
+            run = Run(mb.Auto(), [given] * 3, prepare, fails_at=fails_at, most=4 if is_victim else 16)
+            problems += [f"at {places}: {problem}" for problem in differences(run, direct)]
+    return num, problems
+
+
+def differences(run: Run, direct: Run) -> list[str]:
+    problems: list[str] = []
+    if run.num_run != direct.num_run:
+        problems.append(f"{run.num_run} micro-batches instead of {direct.num_run}")
+    if run.state() != direct.state():
+        problems.append("other bits")
+    return problems
 
 
 def most(numbers: list[int]) -> list[int]:
@@ -166,6 +208,15 @@ def test_all_ranks_run_a_window_again_wherever_one_ran_out(ranks, victims, polic
     outcomes = ranks(2).run(anywhere, partial(sharded, policy, "plain"), victims, 17)
     assert all(num > 20 for num, _ in outcomes), "a micro-batch was gone through from its beginning to its end"
     assert [problems for _, problems in outcomes] == [[], []]
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, None])
+@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1), "alone"], ids=str)
+def test_memory_may_run_out_again_and_again_in_one_window(ranks, victims, policy):
+    pool, victims = (ranks(1), (0,)) if victims == "alone" else (ranks(2), victims)
+    for num, problems in pool.run(again_and_again, partial(sharded, policy, "plain"), victims, 13):
+        assert num > 20
+        assert problems == []
 
 
 @pytest.mark.parametrize("policy", ["reshard-each", "keep-last"])

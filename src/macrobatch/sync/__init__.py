@@ -35,12 +35,11 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean:
     if sync == "local":
         return LocalSync()
     if sync == "auto":
-        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-        if alone:
+        if any(isinstance(module, FSDPModule) for module in model.modules()):  # has to be set right even if alone
+            return ShardedSync(policy=Policy(keep_parameters=False, reduce_last=False) if is_lean else None)
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return LocalSync()
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
-        if any(isinstance(module, FSDPModule) for module in model.modules()):
-            return ShardedSync(policy=Policy(keep_parameters=False, reduce_last=False) if is_lean else None)
         return ReplicatedSync(overlap=overlaps)
     raise ArgumentError("sync", given=sync, expected='"auto", "local" or a Sync object', fix='leave it at "auto"')
