@@ -77,12 +77,12 @@ class Failing(MicroStep):
     def __init__(self, fails_at: tuple[int, ...], most: int) -> None:
         self.allocator = Allocator(0)
         self.most: float = most
-        self._places = cycle(fails_at)
+        self.places = cycle(fails_at)
 
     def __call__(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
         is_on = num_rows > self.most
         if is_on:
-            self.allocator.fails_at = next(self._places)
+            self.allocator.fails_at = next(self.places)
         with self.allocator if is_on else nullcontext():
             super().__call__(loss_fn, micro_batch, num_rows, tally)
 
@@ -217,6 +217,33 @@ def test_memory_may_run_out_again_and_again_in_one_window(ranks, victims, policy
     for num, problems in pool.run(again_and_again, partial(sharded, policy, "plain"), victims, 13):
         assert num > 20
         assert problems == []
+
+
+def after_an_error(policy: str) -> list[str]:
+    """Every rank runs out of memory in the first or the second micro-batch of a window whose size is given; the next
+    window counts. Returns where it counted something else."""
+
+    def run(places: tuple[int, ...]) -> tuple[list[bytes], bool]:
+        run = Run(1, [[8, 8]] * 2, partial(sharded, policy, "plain"))
+        run.failing.most, run.failing.places = 0, cycle(places)
+        try:
+            run.step.window(batches([8, 8]))
+        except torch.OutOfMemoryError:
+            run.failing.most = math.inf
+            run.step.window(batches([8, 8]))
+            return run.state(), True
+        return run.state(), False
+
+    expected, _ = run((0,))
+    turns = [places for place in range(1, 30, 7) for places in ((place,), (0, place))]
+    return [f"at {places}" for places in turns if run(places) != (expected, True)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num", [1, 2])
+def test_nothing_of_a_window_that_failed_is_in_the_next(ranks, num, policy):
+    """Not the gradients that FSDP2 has not reduced yet, either."""
+    assert ranks(num, timeout_s=IMPATIENT_S).run(after_an_error, policy) == [[]] * num
 
 
 @pytest.mark.parametrize("policy", ["reshard-each", "keep-last"])

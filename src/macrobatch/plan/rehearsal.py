@@ -143,9 +143,9 @@ class Rehearsal:
             before = Snapshot(step.model, step.device)
             loss_fn = step.window_loss([(micro_batch, num_rows)], Plan(1, num_rows), before)
         run = partial(self._pass, micro_step, loss_fn, tally)
-        ahead = tree.to_device(micro_batch, step.device)  # as in a window, where the next one is copied meanwhile
-        index = 0
+        ahead, index = None, 0
         try:
+            ahead = tree.to_device(micro_batch, step.device)  # as in a window, where the next one is copied meanwhile
             for index in range(self._num_passes):
                 run(index, micro_batch, num_rows)
         except torch.OutOfMemoryError as error:

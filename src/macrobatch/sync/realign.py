@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Realigned"]
+__all__ = ["Realigned", "forget"]
 
 
 class Realigned:
@@ -31,8 +31,7 @@ class Realigned:
 
     def __init__(self, modules: Iterable[FSDPModule]) -> None:
         self._modules = list(modules)
-        states: list[Any] = [module._get_fsdp_state() for module in self._modules]  # pyright: ignore[reportPrivateUsage]
-        self._groups: list[Any] = [group for state in states for group in _groups_of(state)]
+        self._groups: list[Any] = _groups_in(self._modules)
         self._lengths: dict[int, int] = {}
         self._indices: list[tuple[Any, list[int]]] = []
         self._ready: set[int] = set()
@@ -45,9 +44,17 @@ class Realigned:
             group._all_gather_comm = _Gather(group._all_gather_comm, self, group)
             group._reduce_scatter_comm = _Reduce(group._reduce_scatter_comm, self, group)
 
+    @classmethod
+    def of(cls, modules: Iterable[FSDPModule]) -> Realigned:
+        """The one that stands there, from an earlier step with the same model; or a new one."""
+        modules = list(modules)
+        lines = [getattr(group._all_gather_comm, "line", None) for group in _groups_in(modules)]
+        there = lines[0] if lines else None
+        return there if there is not None and there._modules == modules else cls(modules)
+
     def begin(self) -> None:
         """A micro-batch begins: note what a second run of it would have to begin with."""
-        self._end()
+        self.end()
         self._lengths = {key: len(order) for key, order in self._orders().items()}
         self._indices = [(g, list(g._post_forward_indices)) for g in self._groups if g._post_forward_indices]
         self._ready = {id(g) for g in self._groups if g.is_unsharded or g._all_gather_result is not None}
@@ -94,12 +101,14 @@ class Realigned:
             if hasattr(context, "post_forward_order")
         }
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Nothing has been sent, and nothing is to be left out."""
         for group, reduces in self._halted:
             group.all_reduce_grads, group._partial_reduce_output = reduces, None
         self._halted, self._reduced = [], []
         self._num_sent = self._num_to_skip = 0
         self._is_redone = False
+        self._ready.clear()
 
 
 class _Comm:
@@ -108,14 +117,14 @@ class _Comm:
     def __init__(self, inner: Any, line: Realigned, params: Any) -> None:
         self.inner = inner
         self.params = params
-        self._line = line
+        self.line = line
 
     def allocate(self, *args: Any, **options: Any) -> Tensor:
         """Memory to send from or to receive in."""
         return self.inner.allocate(*args, **options)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **options: Any) -> Any:
-        return self._line.send(self, output_tensor, input_tensor, options)
+        return self.line.send(self, output_tensor, input_tensor, options)
 
 
 class _Gather(_Comm):
@@ -132,6 +141,23 @@ def _made_up(output: Tensor, source: Tensor) -> None:
         output.view(-1, source.numel()).copy_(source.clone())
     else:
         output.copy_(source[: output.numel()])
+
+
+def forget(modules: Iterable[FSDPModule]) -> None:
+    """Let FSDP2 forget a window that has failed: a forward or backward under way, and gradients not yet reduced."""
+    modules = list(modules)
+    for module in modules:
+        _reset(module)
+    for group in _groups_in(modules):
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+
+
+def _groups_in(modules: Iterable[FSDPModule]) -> list[Any]:
+    states = [module._get_fsdp_state() for module in modules]  # pyright: ignore[reportPrivateUsage]
+    return [group for state in states for group in _groups_of(state)]
 
 
 def _groups_of(state: Any) -> list[Any]:
@@ -155,6 +181,7 @@ def _reset(module: Any) -> None:
     context.post_forward_order.clear()
     for each in shared.all_states:
         each._training_state = idle
+        each._modules_to_run_forward.clear()
         for group in _groups_of(each):
             group._all_gather_result = group._post_reduce_event = group._reshard_after_forward_event = None
             group._all_reduce_state = group._partial_reduce_output = None

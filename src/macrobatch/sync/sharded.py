@@ -33,7 +33,7 @@ from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Again, Sync
 from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
-from macrobatch.sync.realign import Realigned
+from macrobatch.sync.realign import Realigned, forget
 
 __all__ = ["Policy", "ShardedSync"]
 
@@ -110,6 +110,7 @@ class ShardedSync(Sync):
         self._peers: Peers | None = None
         self._line: Realigned | None = None
         self._is_behind = False
+        self._is_unfinished = False
 
     def ranks(self, model: nn.Module) -> Ranks:
         """This process in the group."""
@@ -119,7 +120,7 @@ class ShardedSync(Sync):
         """The least of each number over the group."""
         assert self._peers is not None
         self._peers.longest(0)  # what a rank sends that has failed in front of its window
-        self._line = self._line or Realigned(self._modules)
+        self._be_ready()
         return self._peers.summed(numbers, dist.ReduceOp.MIN)
 
     def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
@@ -172,8 +173,11 @@ class ShardedSync(Sync):
         longest = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
         if plan.num_micro_batches is None:
             return plan
+        if self._is_unfinished:
+            forget(self._modules)
+            self._is_unfinished = False
         if plan.repeats:
-            self._line = self._line or Realigned(self._modules)
+            self._be_ready()
         self._num_own = plan.num_micro_batches if longest > plan.num_micro_batches else math.inf
         return self._peers.plan(plan)._replace(num_to_run=longest, spare=self._peers.spare(plan.spare))
 
@@ -187,6 +191,7 @@ class ShardedSync(Sync):
         if self._line is not None:
             self._line.redo() if self._is_behind else self._line.begin()
             self._is_behind = False
+        self._is_unfinished = True
         self._num_own -= 1
         context = super().micro_batch(gradients, is_last=is_last)
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
@@ -199,6 +204,7 @@ class ShardedSync(Sync):
         assert self._peers is not None
         super().close(gradients, tally)
         source = self._peers.add_up(gradients, tally)
+        self._is_unfinished = False
         assert self._model is not None
         self._peers.broadcast(self._model.buffers(), source=source)
         if self._cross_check:
@@ -219,8 +225,15 @@ class ShardedSync(Sync):
         """In the sums at the window's end, the others hear that they have to run it again."""
         self._num_own = math.inf
         assert self._peers is not None
+        if self._line is not None:
+            self._line.end()
         with suppress(Again):
             self._peers.add_up(gradients, None)
+
+    def _be_ready(self) -> None:
+        """Memory may run out from here on, in front of the first micro-batch too."""
+        self._line = self._line or Realigned.of(self._modules)
+        self._line.end()
 
     def _check_replicas(self, slots: list[Slot], peers: Peers) -> None:
         """Refuse replicas of a shard that differ, on all ranks together."""
