@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from itertools import cycle
 from typing import Any
@@ -78,6 +78,13 @@ class Failing(MicroStep):
         self.allocator = Allocator(0)
         self.most: float = most
         self.places = cycle(fails_at)
+        self.is_early = False
+
+    def window(self) -> AbstractContextManager[Any]:
+        if self.is_early:
+            self.is_early = False
+            raise torch.OutOfMemoryError("before anything has run")
+        return super().window()
 
     def __call__(self, loss_fn: LossFn, micro_batch: Any, num_rows: int, tally: Tally) -> None:
         is_on = num_rows > self.most
@@ -284,6 +291,49 @@ def test_what_cannot_run_again_is_told_to_all(ranks):
     """The loss function raises before FSDP2 sends a thing, and again when the rank catches up: after that, all end."""
     pool = ranks(2, timeout_s=IMPATIENT_S)
     assert pool.run(failing, "changes") == ["LossError, as before", "PeerError, as before"]
+
+
+def single(fails_at: int) -> tuple[str, bool, list[bytes]]:
+    """Rank 0 has no room for a single sample, in the second of three windows."""
+    torch.manual_seed(1)
+    model, sync = sharded(None, "plain", nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)))
+    failing = Failing((fails_at,), 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mb.TrainStep(model, optimizer, loss_fn, micro_batch=mb.Auto(), sync=sync, capture=failing)
+    step.window(batches([4, 1]))
+    before, outcome = [p.to_local().clone() for p in model.parameters()], "nothing"
+    failing.most = 16 if dist.get_rank() else 0
+    if fails_at:
+        try:
+            step.window(batches([4, 1]))
+        except Exception as error:
+            outcome = type(error).__name__
+    failing.most = 16
+    same = all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+    step.window(batches([1] * 5))
+    return outcome, same, [p.to_local().detach().numpy().tobytes() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("fails_at", [1, 8, 16])
+def test_a_single_sample_without_room_ends_the_window_on_all_ranks(ranks, fails_at):
+    """And that window alone."""
+    pool = ranks(2, timeout_s=IMPATIENT_S)
+    outcomes, expected = pool.run(single, fails_at), pool.run(single, 0)
+    assert [outcome for outcome, *_ in outcomes] == ["NoMemoryError", "PeerError"]
+    assert all(same for _, same, _ in outcomes)
+    assert [after for *_, after in outcomes] == [after for *_, after in expected]
+
+
+def early(micro_batch: Any, sizes: list[int]) -> tuple[int, list[bytes]]:
+    run = Run(micro_batch, [[8, 8]] * 2, partial(sharded, "reshard-each", "plain"))
+    run.failing.is_early = dist.get_rank() == 0 and sizes == [8, 8]
+    return run.step.window(batches(sizes)).num_micro_batches, run.state()
+
+
+def test_memory_may_run_out_in_front_of_the_first_micro_batch(ranks):
+    """When nothing of the window has been sent; what the last window has sent does not count."""
+    pool = ranks(2, timeout_s=IMPATIENT_S)
+    assert pool.run(early, mb.Auto(), [8, 8]) == pool.run(early, 1, [4] * 4)
 
 
 def planned(prepare: Callable[[Any], Any], limits: list[int | None]) -> Any:
