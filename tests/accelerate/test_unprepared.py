@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered
+from tests.accelerate.doors import BOTH, OURS, entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -72,7 +72,7 @@ def beside(package: str, kind: str, where: str, is_weighted: bool) -> tuple[list
                 if where == "inside, last":
                     add()
                 if accelerator.sync_gradients:
-                    final = weight.grad.item() if package == ORIGINAL else clipped(accelerator, weight)
+                    final = clipped(accelerator, weight)
                 optimizer.step()
                 optimizer.zero_grad()
             if where == "after":
@@ -107,6 +107,39 @@ def test_its_share_is_the_originals(ranks: Any, num_ranks: int, kind: str, where
         assert gradients == pytest.approx([each / NUM_STEPS for each in sums], rel=1e-6)  # float32, few roundings
         if num_ranks == 1:  # its window is exact all the same: the mean of 1 to 5
             assert final == pytest.approx(3.0, rel=1e-6)
+
+
+def beside_a_wrapped_one(package: str, options: dict[str, bool], is_weighted: bool) -> tuple[float, float]:
+    """The gradients of the prepared model, in DDP, and of the other."""
+    with entered(package) as door:
+        handler = door.DistributedDataParallelKwargs(**options)
+        accelerator = door.Accelerator(gradient_accumulation_steps=NUM_STEPS, cpu=True, kwargs_handlers=[handler])
+        module, other = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        final = 0.0
+        for turn in range(1, NUM_STEPS + 1):
+            x = torch.full((2, 1), turn + 10.0 * accelerator.process_index)
+            with accelerator.accumulate(model):
+                accelerator.backward(other(x).mean())
+                if is_weighted and package == OURS:
+                    accelerator.backward(model(x).sum(), weight=2)
+                else:
+                    accelerator.backward(model(x).mean())
+                if accelerator.sync_gradients:
+                    final = clipped(accelerator, module.weight)
+                optimizer.step()
+                optimizer.zero_grad()
+        return final, other.weight.grad.item()
+
+
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["means", "weights"])
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_its_share_is_the_originals_beside_a_wrapped_one(ranks: Any, options: dict[str, bool], is_weighted: bool):
+    packages = [OURS] if "static_graph" in options else BOTH  # the original's static graphs fail in no_sync
+    for package in packages:
+        gradients = ranks(2).run(beside_a_wrapped_one, package, options, is_weighted)
+        assert [other for _, other in gradients] == pytest.approx([2.0, 12.0], rel=1e-6)
+        assert [final for final, _ in gradients] == pytest.approx([7.0, 7.0], rel=1e-6)  # over both ranks
 
 
 @pytest.mark.parametrize("weight", [0, torch.tensor(0)])

@@ -77,6 +77,7 @@ class WrappedSync(Sync):
         group: dist.ProcessGroup | None
         if isinstance(model, DistributedDataParallel):
             group = model.process_group
+            self.substitutes = model.mixed_precision is not None
             # In its first iteration a static graph is recorded by the hooks that no_sync leaves out (pytorch 143580).
             self._syncs_always = self._runs_alike = model.static_graph
             self._watches = model.find_unused_parameters or model.static_graph
