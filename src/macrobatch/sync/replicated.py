@@ -17,6 +17,7 @@ ranks say it, they compare their sets and go on; where not all do, all hear of i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -52,7 +53,8 @@ class ReplicatedSync(Sync):
 
     Args:
         group: the ranks; all of them by default.
-        bucket_bytes: size of a bucket. Smaller ones start earlier, larger ones travel faster.
+        bucket_bytes: size of a bucket. Smaller ones start earlier, larger ones travel faster; what may not start early
+            is not cut, unless it has another `wire_dtype`.
         wire_dtype: send gradients in this dtype, `torch.bfloat16` for half the traffic at bf16's accuracy.
         overlap: send buckets during the last backward; without it, after it.
         cross_check: after the first window, compare a checksum of gradients and parameters over ranks.
@@ -157,9 +159,7 @@ class ReplicatedSync(Sync):
         except ArgumentError:
             self._is_told = True
             raise
-        if (
-            is_last and self._overlap and self.overlaps and len(self._buckets) > 1
-        ):  # the one with the header goes last in any case
+        if is_last and self._starts_early and len(self._buckets) > 1:  # the one with the header goes last in any case
             return self._sending(gradients)
         return super().micro_batch(gradients, is_last=is_last)
 
@@ -286,6 +286,10 @@ class ReplicatedSync(Sync):
             flat.numbers.add_(extra)
         self._unpredictable.update(id(slot.param) for slot, _ in late)
 
+    @property
+    def _starts_early(self) -> bool:
+        return self._overlap and self.overlaps
+
     def _cut(self, gradients: GradientBuffer) -> None:
         """Cut the buffers into buckets, from the end to the front, the one with the header last."""
         if self._layout is gradients.slots:
@@ -295,12 +299,14 @@ class ReplicatedSync(Sync):
         self._layout = gradients.slots
         self._header = gradients.flats[0].header
         self._buckets = []
+        is_cut = self._starts_early or self._wire_dtype is not None  # of which a copy travels, a bucket at a time
+        bucket_bytes = self._bucket_bytes if is_cut else math.inf
         for flat in reversed(gradients.flats):
             end = flat.numbers.numel()
             slots: list[Slot] = []
             for slot in reversed([slot for slot in gradients.slots if slot.flat is flat]):
                 slots.append(slot)
-                if (end - slot.start) * flat.numbers.element_size() >= self._bucket_bytes and slot.start:
+                if (end - slot.start) * flat.numbers.element_size() >= bucket_bytes and slot.start:
                     self._buckets.append(_Bucket(flat.numbers[slot.start : end], slots, has_header=False))
                     end, slots = slot.start, []
             room = flat.storage.numel() - flat.numbers.numel()
