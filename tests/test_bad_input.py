@@ -588,6 +588,14 @@ def test_accumulate_micro_batch_out_of_domain_is_refused(value):
         mb.accumulate(Net(), classes, samples(), micro_batch=value)
 
 
+@pytest.mark.parametrize("name", ["accumulate", "verify"])
+def test_what_is_no_model_or_no_loss_function_is_refused(name):
+    with refused(ArgumentError, "nn.Module"):
+        getattr(mb, name)(None, classes, samples(), micro_batch=3)
+    with refused(ArgumentError, "loss_fn"):
+        getattr(mb, name)(Net(), "classes", samples(), micro_batch=3)
+
+
 def test_accumulate_without_trainable_parameters_is_refused():
     with refused(ArgumentError, "no parameter that requires grad"):
         mb.accumulate(Net().requires_grad_(False), classes, samples(), micro_batch=3)

@@ -1675,6 +1675,22 @@ def test_normalize_uniform_leaves_out_micro_batches_without_weight(as_tensor):
     assert relative_error(seen_by_optimizer(model, loss_fn, (x, y), normalize="uniform"), by_hand) <= EXACT
 
 
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_normalize_uniform_refuses_a_term_without_weight_in_a_micro_batch(as_tensor):
+    """Its denominator, the micro-batches that weigh something, is known when the other terms' gradients are in."""
+    model, (x, y) = mlp(), samples(12)
+    y[4:8] = -100
+
+    def loss_fn(model: Any, batch: Any) -> dict[str, mb.Loss]:
+        total, weight = masked(model, batch)
+        return {**two_terms(model, batch), "class": mb.Loss(total, weight if as_tensor else int(weight))}
+
+    before = bits(model)
+    with pytest.raises(LossError, match='without weight in a micro-batch, with normalize="uniform"'):
+        mb.TrainStep(model, SGD(model.parameters(), lr=0.1), loss_fn, micro_batch=4, normalize="uniform")((x, y))
+    assert same_bits(bits(model), before)
+
+
 @pytest.mark.parametrize("sizes", [[4, 4], [4, 4, 3]], ids=["short", "ragged"])
 @pytest.mark.parametrize("as_loss", [False, True], ids=["mean", "sum and weight"])
 @pytest.mark.parametrize("policy", ["uniform", mb.Constant(3)], ids=str)

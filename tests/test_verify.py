@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
+from macrobatch.core.snapshot import rng_states
 from macrobatch.errors import ArgumentError, BatchError, LossError, NonFiniteError
 from macrobatch.testing.models import CASES
 
@@ -600,17 +603,21 @@ def busy_model() -> nn.Module:
 
 
 def raising(model: Any, x_BC: Tensor) -> Tensor:
-    model(x_BC)
+    drawing(model, x_BC)
     raise KeyError("half way")
 
 
-@pytest.mark.parametrize("loss_fn", [squares, raising])
+def drawing(model: Any, x_BC: Tensor) -> Tensor:
+    return squares(model, x_BC) * (random.random() + np.random.rand() + float(torch.rand(())))
+
+
+@pytest.mark.parametrize("loss_fn", [squares, drawing, raising])
 def test_verify_leaves_model_gradients_hooks_and_generators_alone(loss_fn):
     model, batch = busy_model(), torch.randn(6, 4)
     before = copy.deepcopy(model.state_dict())
     grads = [(param.grad, param.grad.clone()) for param in model.parameters() if param.grad is not None]
     modes = [module.training for module in model.modules()]
-    rng, x_BC = torch.get_rng_state(), batch.clone()
+    rng, x_BC = rng_states(torch.device("cpu")), batch.clone()
     try:
         assert not mb.verify(model, loss_fn, batch, micro_batch=2).ok
     except KeyError:
@@ -621,7 +628,10 @@ def test_verify_leaves_model_gradients_hooks_and_generators_alone(loss_fn):
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(param.dtype == torch.float32 for param in model.parameters())
-    assert torch.equal(torch.get_rng_state(), rng)
+    found = rng_states(torch.device("cpu"))
+    assert torch.equal(found.torch[0], rng.torch[0])
+    assert found.python == rng.python
+    np.testing.assert_equal(found.numpy, rng.numpy)
     assert torch.equal(batch, x_BC)
 
 

@@ -84,7 +84,7 @@ def check_surroundings(optimizers: Sequence[Optimizer], device: torch.device) ->
             expected="gradients to compute",
             fix="call the step outside of torch.inference_mode() and torch.no_grad()",
         )
-    found = optimizers[0].param_groups[0]["params"][0].device
+    found = next(p.device for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if found != device:
         raise ArgumentError(
             "TrainStep",

@@ -361,10 +361,10 @@ def accumulate(
 
     ```
     """
+    check_callables(model, loss_fn, count)
     held = [(param, param.grad) for param in model.parameters() if param.requires_grad]
     buffer = GradientBuffer(lambda: [param for param, _ in held])
     micro_batches = make_split(micro_batch).split(batch)
-    check_callables(model, loss_fn, count)
     if not held:
         raise ArgumentError("model", given="no parameter that requires grad", expected="one", fix="unfreeze a part")
     step = Step(

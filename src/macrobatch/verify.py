@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch import tree
+from macrobatch.arguments import check_callables
 from macrobatch.core.loss import Loss, taken_apart
+from macrobatch.core.snapshot import rng_states, set_rng_states
 from macrobatch.core.step import LossFn
 from macrobatch.core.twopass import TwoPass
 from macrobatch.diagnose import Finding, coupling_modules, loss_findings
@@ -89,13 +91,14 @@ def verify(
 
     ```
     """
+    check_callables(model, loss_fn, None)
     if not any(param.requires_grad for param in model.parameters()):
         raise ArgumentError("model", given="no parameter that requires grad", expected="one", fix="unfreeze a part")
     batch = tree.map_tensors(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, batch)
     split = make_split(micro_batch)
     sizes = [num_rows for _, num_rows in split.split(batch)]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), _gradients_put_back(model):
+    with torch.random.fork_rng(devices=cuda), _put_back(model):
         trial = copy.deepcopy(model).to(dtype)
         reference = _reference(copy.deepcopy(trial), loss_fn, batch, None if against is None else make_split(against))
         findings: list[Finding] = []
@@ -119,14 +122,16 @@ def verify(
 
 
 @contextmanager
-def _gradients_put_back(model: nn.Module) -> Generator[None]:
-    """For a loss that closes over a part of the very model that is being proven."""
-    held = [(param, param.grad) for param in model.parameters()]
+def _put_back(model: nn.Module) -> Generator[None]:
+    """For a loss that draws on the host, or closes over a part of the very model that is being proven."""
+    host = torch.device("cpu")
+    states, held = rng_states(host), [(param, param.grad) for param in model.parameters()]
     for param, _ in held:
         param.grad = None
     try:
         yield
     finally:
+        set_rng_states(host, states)
         for param, gradient in held:
             param.grad = gradient
 

@@ -221,7 +221,7 @@ def test_resume_in_a_window_gives_the_same_bits(stop):
     assert all(torch.equal(a, b) for a, b in zip(straight[0].values(), resumed[0].values(), strict=True))
 
 
-@pytest.mark.parametrize("damage", ["missing", "fewer", "shape", "text"])
+@pytest.mark.parametrize("damage", ["missing", "fewer", "shape", "precision", "text"])
 def test_foreign_state_is_refused_and_changes_nothing(damage):
     model = nn.Linear(2, 1)
     acc = accumulation(model, 2)
@@ -234,8 +234,16 @@ def test_foreign_state_is_refused_and_changes_nothing(damage):
         state["pending"]["gradients"].pop()
     elif damage == "shape":
         state["pending"]["gradients"][0] = torch.ones(3)
+    elif damage == "precision":
+        state["precision"] = {"scale": 2.0}
     else:
         state = "state"
+    gradients = gradients_of(model)
+    with pytest.raises(mb.errors.StateError):
+        acc.load_state_dict(state)
+    assert acc.window.num_pending == 1
+    torch.testing.assert_close(gradients_of(model), gradients, rtol=0, atol=0)
+    acc.gradients.release()
     other = accumulation(model, 2)
     with pytest.raises(mb.errors.StateError):
         other.load_state_dict(state)

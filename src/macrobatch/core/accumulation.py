@@ -345,8 +345,8 @@ class Accumulation:
         pending = checked_pending(state, self.gradients)
         trial = Window(1)
         trial.load_state_dict(state["window"])
-        self.gradients.start()
         self.precision.load_state_dict(state["precision"])
+        self.gradients.start()
         self.window.load_state_dict(state["window"])
         self._forget()
         if pending is None:

@@ -166,7 +166,7 @@ class GradientBuffer:
                     fix="leave zero_grad() to the step: it clears gradients at the start of every window",
                 )
 
-        if len(self._ids) != sum(param.requires_grad for param in self._parameters()):
+        if [id(param) for param in self._parameters() if param.requires_grad] != self._ids:
             known = set(self._ids)
             for param in self._parameters():
                 if id(param) not in known:

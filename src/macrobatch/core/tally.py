@@ -193,13 +193,7 @@ class Tally:
                 fix="let loss_fn return every term on every rank; one that does not apply has total 0 and weight 0",
             )
         if len(self.terms) > 1 and isinstance(self._policy, Uniform):
-            raise LossError(
-                "the loss",
-                given=f'{len(self.terms)} terms over several ranks with normalize="uniform"',
-                expected="a denominator that is known before the first backward; no rank knows how many micro-batches "
-                "of the others will have weight in each term",
-                fix='leave normalize at "exact" and pass count, pass Constant(n), or add the terms up',
-            )
+            raise _uniform_error(f"{len(self.terms)} terms over several ranks")
         self._everywhere, self._read = {}, {}
         for index, name in enumerate(self.terms):
             begin = _HEAD + _PER_TERM * index
@@ -292,6 +286,8 @@ class Tally:
         if isinstance(self._policy, Exact):
             return (math.fsum(totals) / weight if weight else 0.0), weight
         means = [total / w for total, w in zip(totals, weights, strict=True) if w]
+        if isinstance(self._policy, Uniform) and len(self.terms) > 1 and len(means) < len(weights):
+            raise _uniform_error(f"{len(self.terms)} terms, one of them without weight in a micro-batch,")
         num = self._policy.num_micro_batches if isinstance(self._policy, Constant) else len(means)
         return (math.fsum(means) / num if means else 0.0), weight
 
@@ -381,6 +377,15 @@ def _check_promise(name: str, expected: Weight, seen: Weight) -> None:
         given=f"{seen} over the window, {float(expected)} counted ahead",
         expected="the same number",
         fix="let count and loss_fn count the same items (mind labels that a causal model shifts away)",
+    )
+
+
+def _uniform_error(terms: str) -> LossError:
+    return LossError(
+        "the loss",
+        given=f'{terms} with normalize="uniform"',
+        expected="a denominator that is known before the first backward: how many micro-batches have weight in a term",
+        fix='leave normalize at "exact" and pass count, pass Constant(n), or add the terms up',
     )
 
 

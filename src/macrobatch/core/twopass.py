@@ -227,6 +227,8 @@ class CoupledLoss:
         aligned = torch.zeros_like(self._value)
         for r, c in zip(representations, slopes, strict=True):
             if isinstance(r, Tensor) and r.requires_grad:
+                # In 16 bits, the factor that the backward starts from would be rounded, for all samples alike.
+                c = c.to(torch.promote_types(c.dtype, aligned.dtype))
                 product = (r * c.conj()).real if r.is_complex() else r * c
                 aligned = aligned + product.sum(dtype=aligned.dtype)
         if self._part is not None:

@@ -156,9 +156,9 @@ def _short(value: float) -> str:
 
 def _peak_bytes(step: Tracked | None) -> int:
     """Most memory in use so far: on the device that is trained on, else of this process."""
-    params = [] if step is None else step.optimizers[0].param_groups[0]["params"]
-    if any(param.is_cuda for param in params):
-        return torch.cuda.max_memory_allocated(params[0].device)
+    groups = [] if step is None else step.optimizers[0].param_groups
+    for device in {param.device for group in groups for param in group["params"] if param.is_cuda}:
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return 0
     import resource
