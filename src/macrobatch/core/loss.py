@@ -12,7 +12,7 @@ from torch import Tensor
 
 from macrobatch.errors import LossError
 
-__all__ = ["Loss", "Part", "Weight", "checked_counts", "taken_apart", "to_host"]
+__all__ = ["Loss", "Part", "Weight", "checked_counts", "taken_apart", "to_device", "to_host"]
 
 Weight = int | float | Tensor
 """A weight known to the host, or a 0-d tensor that stays on its device."""
@@ -140,3 +140,9 @@ def to_host(tensors: Sequence[Tensor]) -> list[float]:
     for members in groups.values():
         values.update(zip(members, torch.stack([tensors[i] for i in members]).tolist(), strict=True))
     return [values[i] for i in range(len(tensors))]
+
+
+def to_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Python numbers as a tensor. The host does not wait for what the device has to do before it gets them."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

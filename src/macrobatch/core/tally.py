@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_host
+from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_device, to_host
 from macrobatch.core.term import DIGIT, Seeds, Term, counts_of, summed
 from macrobatch.core.weighting import Constant, Exact, Normalize, Uniform
 from macrobatch.errors import LossError
@@ -169,7 +169,7 @@ class Tally:
         if device.type == "cpu":
             numbers = head + [number for term in self.terms.values() for number in term.sums_on_host()]
             return numbers + [0.0] * (NUM_SUMS - len(numbers))
-        sums = [torch.tensor(head, dtype=torch.float64, device=device)]
+        sums = [to_device(head, torch.float64, device)]
         sums += [term.sums(device) for term in self.terms.values()]
         return F.pad(torch.cat(sums), (0, NUM_SUMS - _HEAD - _PER_TERM * len(self.terms))).to(dtype)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from macrobatch.core.loss import Weight
+from macrobatch.core.loss import Weight, to_device
 
 __all__ = ["DIGIT", "Seeds", "Term", "counts_of", "summed"]
 
@@ -57,12 +57,12 @@ class Term:
 
     def sums(self, device: torch.device) -> Tensor:
         """Over its micro-batches: the weight in digits, the sum of losses, how many have weight, the sum of means."""
-        totals = torch.stack(self.tensors).double() * torch.tensor(self.factors, dtype=torch.float64, device=device)
+        totals = torch.stack(self.tensors).double() * to_device(self.factors, torch.float64, device)
         if any(isinstance(weight, Tensor) for weight in self.weights):
             each = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in self.weights]
             weights = torch.stack(each)
         else:
-            weights = torch.tensor(self.weights, dtype=torch.float64, device=device)
+            weights = to_device(self.weights, torch.float64, device)
         counts = weights > 0
         means = torch.where(counts, totals / torch.where(counts, weights, 1.0), 0.0)
         return torch.stack([*_digits(weights.sum()), totals.sum(), counts.double().sum(), means.sum()])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from macrobatch import tree
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.loss import Weight, checked_counts
+from macrobatch.core.loss import Weight, checked_counts, to_device
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.twopass import Alone, Gathered
 from macrobatch.core.weighting import Plan
@@ -48,9 +48,11 @@ def _without_rows(leaf: Any) -> Any:
 def joined(parts: Iterable[Tensor | list[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host and of the device, one behind the other; those of the host cost one tensor where all are."""
     parts = list(parts)
-    if not any(isinstance(part, Tensor) for part in parts):
-        return torch.tensor([number for part in parts for number in part], dtype=dtype, device=device)
-    return torch.cat([torch.as_tensor(part, dtype=dtype, device=device) for part in parts])
+    numbers = [part for part in parts if not isinstance(part, Tensor)]
+    if len(numbers) == len(parts):
+        return to_device([number for part in numbers for number in part], dtype, device)
+    tensors = [part if isinstance(part, Tensor) else to_device(part, dtype, device) for part in parts]
+    return torch.cat([tensor.to(device, dtype) for tensor in tensors])
 
 
 def trained_in(model: nn.Module) -> float:
