@@ -58,11 +58,12 @@ class Term:
     def sums(self, device: torch.device) -> Tensor:
         """Over its micro-batches: the weight in digits, the sum of losses, how many have weight, the sum of means."""
         totals = torch.stack(self.tensors).double() * to_device(self.factors, torch.float64, device)
-        if any(isinstance(weight, Tensor) for weight in self.weights):
+        numbers = [weight for weight in self.weights if not isinstance(weight, Tensor)]
+        if len(numbers) == len(self.weights):
+            weights = to_device(numbers, torch.float64, device)
+        else:
             each = [torch.as_tensor(weight, dtype=torch.float64, device=device) for weight in self.weights]
             weights = torch.stack(each)
-        else:
-            weights = to_device(self.weights, torch.float64, device)
         counts = weights > 0
         means = torch.where(counts, totals / torch.where(counts, weights, 1.0), 0.0)
         return torch.stack([*_digits(weights.sum()), totals.sum(), counts.double().sum(), means.sum()])
