@@ -150,6 +150,30 @@ def test_weight_makes_tokens_count_equally(on_device):
     assert error(token_gradient(OURS, backward)) < 1e-6  # float32: a few hundred roundings of 6e-8
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_window_without_a_token_makes_no_update(on_device):
+    """One process does as several do: no decay, no momentum, no step of the schedule."""
+    door = importlib.import_module(OURS).Accelerator(gradient_accumulation_steps=2)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    model, optimizer, schedule = door.prepare(model, optimizer, schedule)
+    moved, rates = [], []
+    for num_tokens in (3, 0, 0, 0):  # a window with some, and one without
+        before = model.weight.detach().clone()
+        with door.accumulate(model):
+            weight = torch.tensor(num_tokens) if on_device else num_tokens
+            door.backward(model(torch.ones(num_tokens, 3)).sum(), weight=weight)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        moved.append(not torch.equal(model.weight, before))
+        rates.append(schedule.get_last_lr()[0])
+    assert moved == [False, True, False, False]
+    assert rates == [0.1, 0.05, 0.05, 0.05]
+    assert optimizer.step_was_skipped
+
+
 # --- around the window ---
 
 

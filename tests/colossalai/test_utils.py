@@ -342,6 +342,31 @@ class WindowState:
         return None if gradient is None else gradient.item()
 
 
+def job_of_saving_where_the_first_rank_cannot(file):
+    """By rank: what a save raises, and what is loaded afterwards."""
+    model, rank = nn.Linear(1, 1), gpc.get_global_rank()
+    utils.save_checkpoint(file, 0, model, engine=WindowState(10.0 + rank))
+
+    class Half:
+        def state_dict(self):
+            return {"x": lambda: None}  # cannot be pickled
+
+    raised = None
+    try:
+        utils.save_checkpoint(file, 1, model, Half(), engine=WindowState(20.0 + rank))
+    except Exception as error:
+        raised = type(error).__name__, "rank" in str(error)
+    loaded = WindowState()
+    return raised, utils.load_checkpoint(file, model, engine=loaded), loaded.gradient
+
+
+def test_all_ranks_hear_of_a_save_that_fails_on_the_first(ranks, tmp_path):
+    first, second = ranks(2).run(job_of_saving_where_the_first_rank_cannot, str(tmp_path / "a.pt"))
+    assert first[0][0] != "PeerError"  # its own
+    assert second[0] == ("PeerError", True)
+    assert (first[1:], second[1:]) == ((0, 10.0), (0, 11.0))
+
+
 def job_of_saving(file):
     """On every rank: save twice, load twice."""
     model = nn.Linear(1, 1)

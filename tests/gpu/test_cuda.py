@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
+from macrobatch.colossalai.trainer.hooks.metric_hook import Metric
 from macrobatch import tree
 from macrobatch.testing.models import CASES, Case
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
@@ -179,6 +180,17 @@ def test_step_checked_waits_only_after_the_last_backward():
         assert step(batch).skipped is None
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_metrics_of_a_trainer_do_not_wait_until_they_are_read():
+    metric, total = Metric(), torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.add(total, 3)
+        metric.add(total, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert metric.get_accumulated_value() == 0.5
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)

@@ -27,6 +27,7 @@ from macrobatch.accelerate.sampling import (
 from macrobatch.accelerate.utils.absent import refuse_absent
 from macrobatch.accelerate.utils.operations import ignorant_find_batch_size, send_to_device
 from macrobatch.accelerate.utils.random import synchronize_rng_states
+from macrobatch.data.lookahead import lookahead
 
 __all__ = ["OPTIONS", "DataLoaderShard", "DataLoaderStateMixin", "SkipDataLoader", "marked"]
 
@@ -370,12 +371,5 @@ def marked(batches: Iterator[Any], total: int | None) -> Iterator[tuple[Any, boo
     if total is not None:
         for index, batch in enumerate(batches, start=1):
             yield batch, index == total
-        return
-    try:
-        current = next(batches)
-    except StopIteration:
-        return
-    for following in batches:
-        yield current, False
-        current = following
-    yield current, True
+    else:
+        yield from lookahead(batches)

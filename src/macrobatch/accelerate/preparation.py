@@ -238,7 +238,7 @@ class Preparation(Processes):
 
     @property
     def use_stateful_dataloader(self) -> bool:
-        """Whether loaders are torchdata's."""
+        """Whether a loader that was restored leaves out by itself what was seen."""
         return self.dataloader_config.use_stateful_dataloader
 
     @property

@@ -25,7 +25,6 @@ __all__ = [
     "IterableDatasetShard",
     "SeedableRandomSampler",
     "SkipBatchSampler",
-    "StreamFrom",
     "get_sampler",
 ]
 
@@ -207,22 +206,6 @@ class IterableDatasetShard(IterableDataset[Any]):
                 return
             group = [*group, *islice(cycle(first), together - len(group))]
             yield from group[size * self.process_index : size * (self.process_index + 1)]
-
-
-class StreamFrom(IterableDataset[Any]):
-    """A stream without its first elements."""
-
-    def __init__(self, dataset: Any, num_elements: int) -> None:
-        self.dataset = dataset
-        self.num_elements = num_elements
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.dataset), self.num_elements, None)
 
 
 class SkipBatchSampler(BatchSampler):

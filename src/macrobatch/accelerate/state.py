@@ -206,7 +206,7 @@ class PartialState:
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print` on the main process of each machine."""
         if self.is_local_main_process:
-            builtins.print(*args, **kwargs)  # noqa: T201  # noqa: T201
+            builtins.print(*args, **kwargs)  # noqa: T201
 
     @contextmanager
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Generator[Any]:

@@ -250,7 +250,7 @@ class Accumulation:
         self.is_final = True
         weights = tally.weights()
         used = any(slot.used for slot in self.gradients.slots)
-        if not used or all(not isinstance(weight, Tensor) and not weight for weight in weights.values()):
+        if not used or not any(map(float, weights.values())):  # of one on the device, the window's only wait
             self.skip = "no weight"
             return
         self.precision.unscale(self._optimizers())

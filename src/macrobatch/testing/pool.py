@@ -70,6 +70,7 @@ class RankPool:
         self._backend = backend
         self._timeout_s = timeout_s
         self._members: list[tuple[Any, Connection]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> RankPool:
         return self
@@ -122,11 +123,14 @@ class RankPool:
                 process.kill()
                 process.join()
         self._members = []
+        if self._folder is not None:
+            self._folder.cleanup()
         atexit.unregister(self.close)
 
     def _open(self) -> None:
         context = warm_context()
-        meeting = Path(tempfile.mkdtemp(prefix="macrobatch-")) / "ranks"
+        self._folder = tempfile.TemporaryDirectory(prefix="macrobatch-")
+        meeting = Path(self._folder.name) / "ranks"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (rank, self.world_size, meeting, self._timeout_s, self._backend, theirs)

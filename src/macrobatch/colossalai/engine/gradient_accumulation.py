@@ -14,6 +14,7 @@ from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import make_policy
 from macrobatch.core.window import Tail, Window
+from macrobatch.data.lookahead import lookahead
 from macrobatch.errors import ArgumentError, MacrobatchError
 from macrobatch.sync import make_sync
 from macrobatch.tree import num_rows
@@ -256,7 +257,7 @@ class GradAccumDataloader:
             return
         for optimizer in told:
             optimizer.start_pass()
-        batches = self._full_windows() if self.tail == "drop" else self._with_end()
+        batches = self._full_windows() if self.tail == "drop" else lookahead(self.dataloader)
         try:
             for batch, is_last in batches:
                 for optimizer in told:
@@ -265,17 +266,6 @@ class GradAccumDataloader:
         finally:
             for optimizer in told:
                 optimizer.is_end_of_data = False
-
-    def _with_end(self) -> Iterator[tuple[Any, bool]]:
-        batches = iter(self.dataloader)
-        try:
-            current = next(batches)
-        except StopIteration:
-            return
-        for following in batches:
-            yield current, False
-            current = following
-        yield current, True
 
     def _full_windows(self) -> Iterator[tuple[Any, bool]]:
         held: list[Any] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ def save_checkpoint(
         engine: whose window is to be saved as well: its gradients so far, its weights and the loss scale.
 
     Raises:
-        PeerError: a rank could not write its part; the checkpoint that was there before still is.
+        PeerError: another rank could not write its part; the checkpoint that was there before still is.
     """
     path = Path(file)
     others = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
@@ -58,13 +59,13 @@ def save_checkpoint(
         checkpoint["window"] = engine.state_dict()
         checkpoint["world_size"] = gpc.get_world_size(ParallelMode.DATA)
         checkpoint["number"] = _write_parts(path, checkpoint["window"])
-    if gpc.get_global_rank() == 0:
-        checkpoint["model"] = model.state_dict()
-        checkpoint |= {name: each.state_dict() for name, each in others.items() if each is not None}
-        save_file(checkpoint, path)
+    rank = gpc.get_global_rank()
+    with nullcontext() if engine is None else _together():
+        if rank == 0:
+            checkpoint["model"] = model.state_dict()
+            checkpoint |= {name: each.state_dict() for name, each in others.items() if each is not None}
+            save_file(checkpoint, path)
     if engine is not None:
-        _agree(None)
-        rank = gpc.get_global_rank()
         for old in path.parent.glob(f"{_escaped(path.name)}.*.rank{rank}"):
             if old != _part(path, checkpoint["number"], rank):
                 old.unlink(missing_ok=True)
@@ -123,29 +124,32 @@ def _write_parts(path: Path, window: Mapping[str, Any]) -> str:
     numbers = [secrets.token_hex(4)]
     if gpc.world_size > 1:
         dist.broadcast_object_list(numbers, src=0)
-    error = None
     rank = gpc.get_global_rank()
-    if rank > 0:
-        try:
+    with _together():
+        if rank > 0:
             save_file({"window": window}, _part(path, numbers[0], rank))
-        except OSError as problem:
-            error = f"rank {rank}: {problem}"
-    _agree(error)
     return numbers[0]
 
 
-def _agree(error: str | None) -> None:
-    """Wait for all ranks, and fail on all of them if one did."""
-    errors = [error]
+@contextmanager
+def _together() -> Generator[None]:
+    """Context at whose end all ranks wait for each other, and fail if one did."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors: list[Any] = [None] * gpc.world_size
     if gpc.world_size > 1:
-        errors = [None] * gpc.world_size
-        dist.all_gather_object(errors, error)
-    found = "; ".join(each for each in errors if each)
+        dist.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    found = {rank: each for rank, each in enumerate(errors) if each}
     if found:
         raise PeerError(
             "save_checkpoint",
-            given=found,
-            expected="every rank to write its part of the window",
+            given=f"by rank, {found!r:.500}",
+            expected="every rank to write its part",
             fix="save to a folder that all ranks can write to",
         )
 

@@ -30,15 +30,15 @@ class Metric:
     def reset(self) -> None:
         """An epoch begins."""
         self.total: Tensor | None = None
-        self.count: Tensor | None = None
-        self.latest: tuple[Tensor, Tensor] | None = None
+        self.count = 0
+        self.latest: tuple[Tensor, int] | None = None
 
     def add(self, total: Tensor, count: int) -> None:
         """A batch's sum, and over how many samples it is."""
-        added = total.detach().double(), torch.tensor(float(count), dtype=torch.float64, device=total.device)
-        self.latest = added
-        self.total = added[0] if self.total is None else self.total + added[0]
-        self.count = added[1] if self.count is None else self.count + added[1]
+        added = total.detach().double()
+        self.latest = added, count
+        self.total = added if self.total is None else self.total + added
+        self.count += count
 
     def get_last_step_value(self) -> float:
         """The mean over the last batch, over all ranks."""
@@ -46,7 +46,7 @@ class Metric:
 
     def get_accumulated_value(self) -> float:
         """The mean over the epoch so far, over all ranks."""
-        return 0.0 if self.total is None or self.count is None else _mean(self.total, self.count)
+        return 0.0 if self.total is None else _mean(self.total, self.count)
 
 
 LossMetric = Metric
@@ -224,8 +224,8 @@ def _add_mean(metric: Metric, trainer: Any, loss: Any) -> None:
         metric.add(loss.detach() * num, num)
 
 
-def _mean(total: Tensor, count: Tensor) -> float:
-    sums = torch.stack([total, count])
+def _mean(total: Tensor, count: int) -> float:
+    sums = torch.stack([total, torch.full_like(total, count)])
     if gpc.data_parallel_size > 1:
         dist.all_reduce(sums)
     numbers = sums.tolist()
