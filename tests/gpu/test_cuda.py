@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import macrobatch as mb
-from macrobatch.colossalai.trainer.hooks.metric_hook import Metric
 from macrobatch import tree
+from macrobatch.colossalai.trainer.hooks.metric_hook import Metric
 from macrobatch.testing.models import CASES, Case
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
