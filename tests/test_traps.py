@@ -354,6 +354,59 @@ def test_trap_06_terms_without_a_count_are_refused():
         mb.TrainStep(model, SGD(model.parameters(), lr=0.1), two_terms, micro_batch=4)(batch)
 
 
+class Experts(nn.Module):
+    """Two experts and a gate; returns logits, and each sample's share of every expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 2)
+        self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def forward(self, x_BC: Tensor) -> tuple[Tensor, Tensor]:
+        gates_BE = self.gate(x_BC).softmax(1)
+        outputs = [gates_BE[:, i : i + 1] * expert(x_BC) for i, expert in enumerate(self.experts)]
+        return torch.stack(outputs).sum(0), gates_BE
+
+
+def balanced(outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """With a balance term: the sum over experts of (share of the samples they are chosen for) × (mean of the gate)."""
+    logits_BK, gates_BE, y_B = outputs
+    chosen_E = F.one_hot(gates_BE.argmax(1), 2).to(gates_BE.dtype).mean(0)
+    return F.cross_entropy(logits_BK, y_B) + 2 * (chosen_E * gates_BE.mean(0)).sum()
+
+
+def dice(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """One minus twice the overlap over both areas: a quotient of sums over the samples."""
+    p_B, y_B = outputs
+    return 1 - 2 * (p_B * y_B).sum() / (p_B.sum() + y_B.sum())
+
+
+def of_experts(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return (*model(batch[0]), batch[1])
+
+
+def of_areas(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return model(batch[0])[:, 0].sigmoid(), (batch[1] > 0).to(batch[0].dtype)
+
+
+@pytest.mark.parametrize("kind", ["trap 6: balance of experts", "trap 7: Dice"])
+def test_trap_06_and_07_what_no_sum_over_samples_is_needs_two_passes_and_verify_says_so(kind):
+    build, encode, loss = (Experts, of_experts, balanced) if "experts" in kind else (mlp, of_areas, dice)
+    model, batch = build().double(), samples()
+    coupled = mb.TwoPass(encode, loss)
+    reference = full_batch_gradient(model, coupled, batch)
+
+    def naive(model: Any, batch: Any) -> Tensor:
+        return loss(encode(model, batch))
+
+    assert relative_error(seen_by_optimizer(model, naive, batch, 3), reference) > WRONG
+    report = mb.verify(model, naive, batch, micro_batch=3)
+    assert not report.ok
+    assert any("TwoPass" in str(finding) for finding in report.findings)
+    assert relative_error(seen_by_optimizer(model, coupled, batch, 3), reference) <= EXACT
+    assert mb.verify(model, coupled, batch, micro_batch=3).ok
+
+
 class Towers(nn.Module):
     """Two towers with dropout and batch normalisation, and a temperature that only the loss uses."""
 
@@ -833,6 +886,45 @@ def test_trap_21_lbfgs_with_a_tail_clips_every_evaluation():
     assert result.grad_norm > 1e-3
     # torch adds 1e-6 to the norm it divides by, which is 1e-3 of this limit at most.
     assert norms[0] == pytest.approx(1e-3, rel=2e-3)
+
+
+class SharpnessAware(SGD):
+    """SAM (Foret et al. 2021, https://arxiv.org/abs/2010.01412): the gradient of a point a step uphill."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        closure()
+        params = [param for group in self.param_groups for param in group["params"]]
+        norm = math.hypot(*(float(param.grad.norm()) for param in params))
+        uphill = [param.grad * (0.05 / norm) for param in params]
+        for param, way in zip(params, uphill, strict=True):
+            param.add_(way)
+        loss = closure()
+        for param, way in zip(params, uphill, strict=True):
+            param.sub_(way)
+        super().step()
+        return loss
+
+
+def test_trap_21_sharpness_aware_steps_replay_the_whole_window():
+    model, batch = mlp(), samples()
+    twin, flat = copy.deepcopy(model), copy.deepcopy(model)
+    plain = SharpnessAware(twin.parameters(), lr=0.3)
+    step = mb.TrainStep(model, SharpnessAware(model.parameters(), lr=0.3), classes, micro_batch=4)
+
+    @torch.enable_grad()
+    def closure() -> Tensor:
+        plain.zero_grad()
+        loss = classes(twin, batch)
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(3):
+        step(batch)
+        plain.step(closure)
+        plain_update(flat, SGD(flat.parameters(), lr=0.3), classes, batch)
+    assert distance(model, twin) <= EXACT
+    assert distance(flat, twin) > 1e-4  # the control: the point uphill is another one
 
 
 def test_trap_21_lbfgs_two_pass_equals_whole_batch():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
+from torch.utils.checkpoint import checkpoint
 
 import macrobatch as mb
 from macrobatch.sync import WrappedSync
@@ -93,6 +94,26 @@ def test_window_any_option_of_ddp_and_unequal_shares_equals_one_process(ranks, n
 @pytest.mark.parametrize("name", OPTIONS)
 def test_first_window_without_samples_on_a_rank_equals_one_process(ranks, name):
     assert max(ranks(2).run(options_of_ddp, name, [[[], [2, 1]], *UNEQUAL], {})) <= EXACT
+
+
+class Reentrant(nn.Sequential):
+    """Its layers' backwards run forwards and backwards of their own, so that hooks fire within them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = checkpoint(layer, x.requires_grad_() if x.is_leaf else x, use_reentrant=True)
+        return x
+
+
+def reentrant_under_ddp(name: str) -> float:
+    model = Reentrant(*layers())
+    return off_from_alone(model, mean_square, data(UNEQUAL), prepare=partial(wrap, **OPTIONS[name]), sync=WrappedSync())
+
+
+@pytest.mark.parametrize("name", ["default", "views of buckets", "static graph"])
+def test_window_reentrant_checkpoints_under_ddp_equal_one_process(ranks, name):
+    """DDP cannot find unused parameters behind these, and says so itself."""
+    assert max(ranks(2).run(reentrant_under_ddp, name)) <= EXACT
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 0.01}, {"normalize": "uniform"}, {"nonfinite": "ignore"}], ids=str)

@@ -324,6 +324,7 @@ class Step:
         lenient = replace(self.update, nonfinite="skip")  # a line search may try a point where the loss is infinite
         at_hand = [True]
 
+        @torch.enable_grad()  # an optimizer that asks for it in its step may leave that to the closure
         def closure() -> Tensor:
             if at_hand:
                 at_hand.clear()
