@@ -277,7 +277,7 @@ def test_saving_again_replaces_but_keeps_what_others_put_there(tmp_path: Path):
 
 
 def all_of(run: Run) -> list[Any]:
-    window = [window.state_dict() for window in run.accelerator._windows.all]
+    window = [window.state_dict() for window in run.accelerator._counting.windows.all]
     return [
         run.weights(),
         run.optimizer.state_dict(),

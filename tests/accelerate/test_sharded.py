@@ -51,7 +51,7 @@ def train(
                     accelerator.save_state(str(folder))
                     return {}, norm, []
             loader = accelerator._dataloaders[0]  # whole again
-        policies = [getattr(window.sync, "policy", None) for window in accelerator._windows.all]
+        policies = [getattr(window.sync, "policy", None) for window in accelerator._counting.windows.all]
         return accelerator.get_state_dict(model), norm, policies
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,24 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.accelerate import utils
 from macrobatch.accelerate.checkpointing import Checkpoints
-from macrobatch.accelerate.gradient_state import GradientState
-from macrobatch.accelerate.joining import joined
+from macrobatch.accelerate.counting import WindowCounting
 from macrobatch.accelerate.optimizer import AcceleratedOptimizer
+from macrobatch.accelerate.original import OriginalCounting
 from macrobatch.accelerate.preparation import Preparation
 from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.scheduler import AcceleratedScheduler
-from macrobatch.accelerate.settings import read_settings
+from macrobatch.accelerate.settings import checked_num_steps, read_settings
 from macrobatch.accelerate.state import AcceleratorState
 from macrobatch.accelerate.tracking import Tracking
 from macrobatch.accelerate.utils.dataclasses import AutocastKwargs, ProfileKwargs
 from macrobatch.accelerate.utils.memory import release_memory
-from macrobatch.accelerate.windows import FedWindow, Windows, restricted
-from macrobatch.core.handover import share_of
 from macrobatch.core.loss import Weight
 from macrobatch.core.precision import Fp16, Precision
-from macrobatch.errors import LossError
 from macrobatch.plan.capture import replays
-from macrobatch.sync import LocalSync
 
 __all__ = ["Accelerator"]
 
@@ -119,7 +115,6 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         )
         Processes.__init__(self)
         self._setup_checkpoints()
-        self.gradient_state = GradientState(options.gradient_accumulation_plugin, is_own=True)
         self.project_configuration = options.project_configuration
         self.device_placement = options.device_placement
         self.dataloader_config = options.dataloader_config
@@ -138,11 +133,21 @@ class Accelerator(Preparation, Checkpoints, Tracking):
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[Any] = []
         self._custom_objects: list[Any] = []
-        self._replays = options.compile_kwargs is not None and replays(options.compile_kwargs, self.device)
-        precision = partial(_make_precision, self.device.type, self.scaler, options.scaler_kwargs)
-        self._windows = Windows(self.gradient_state, precision, self.num_processes, overlaps=not self._replays)
-        self._inside: list[FedWindow] = []
+        self._counting = self._make_counting()
+        self.gradient_state = self._counting.state
         self._setup_tracking(options.log_with)
+
+    def _make_counting(self) -> WindowCounting | OriginalCounting:
+        options, device_type = self.settings, self.device.type
+        if options.gradient_accumulation_plugin.original:
+            return OriginalCounting(options.gradient_accumulation_plugin, self.scaler, self.num_processes)
+        return WindowCounting(
+            options.gradient_accumulation_plugin,
+            partial(_make_precision, device_type, self.scaler, options.scaler_kwargs),
+            self.scaler,
+            self.num_processes,
+            replays=options.compile_kwargs is not None and replays(options.compile_kwargs, self.device),
+        )
 
     # --- accumulation ---
 
@@ -153,18 +158,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
             models: what is trained. Models named together share a window; a generator and a discriminator, named in
                 blocks of their own, have one each.
         """
-        return self._block(self._windows.of(models))
-
-    @contextmanager
-    def _block(self, window: FedWindow) -> Generator[None]:
-        if self._replays:  # what earlier micro-batches returned has been copied out
-            torch.compiler.cudagraph_mark_step_begin()
-        self._inside.append(window)
-        try:
-            with window:
-                yield
-        finally:
-            self._inside.pop()
+        return self._counting.block(models)
 
     def backward(self, loss: Tensor, weight: Weight | None = None, **kwargs: Any) -> None:
         """Add a loss's gradient to the window.
@@ -176,26 +170,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
                 gradient is that of the mean over all its tokens, on all ranks.
             kwargs: as for `torch.Tensor.backward`.
         """
-        if not isinstance(loss, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise LossError("backward", given=repr(loss), expected="a tensor", fix="pass the loss itself, not .item()")
-        inside = self._inside[-1] if self._inside else None
-        if not self._windows.trains(loss, inside):
-            num_items = 1 if weight is None else weight + (weight == 0)
-            (loss / (num_items * self.gradient_accumulation_steps)).backward(**kwargs)
-            return
-        window = inside or self._windows.of(())
-        if not self._inside and not window.is_pending:
-            window.begin_outside(is_weighted=weight is not None)
-            self.gradient_state._sync_gradients = not self.gradient_state.is_held  # pyright: ignore[reportPrivateUsage]
-        if loss.ndim and loss.numel() == 1:
-            loss = loss.reshape(())
-        if self.scaler is None and len(self._windows.all) < 2 and not kwargs:
-            window.backward(loss, weight=weight, num_samples=window.num_rows)
-        else:
-            options = {**restricted(window, self._windows), **kwargs}
-            window.backward(loss, weight=weight, num_samples=window.num_rows, **options)
-        if not self._inside and not window.optimizers and not window.is_held:
-            window.finish()  # a script that steps an optimizer of its own has to find the gradient there
+        self._counting.backward(loss, weight, kwargs)
 
     @property
     def sync_gradients(self) -> bool:
@@ -213,39 +188,20 @@ class Accelerator(Preparation, Checkpoints, Tracking):
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, gradient_accumulation_steps: int) -> None:
-        self.settings.set_num_steps(gradient_accumulation_steps)
+        self.gradient_state.set_num_steps(checked_num_steps(gradient_accumulation_steps))
 
     @property
     def step(self) -> int:
         """Micro-batches in the window that was used last."""
-        windows = self._windows.all
-        return windows[-1].window.num_pending if windows else 0
+        return self._counting.num_pending
 
-    @contextmanager
-    def no_sync(self, model: Any) -> Generator[None]:
+    def no_sync(self, model: Any) -> AbstractContextManager[None]:
         """Context whose backwards stay on this rank, to be reduced with a later one."""
-        windows = self._windows.all or [self._windows.of(())]
-        for window in windows:
-            window.num_holds += 1
-        own = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
-        try:
-            with own():
-                yield
-        finally:
-            for window in windows:
-                window.num_holds -= 1
+        return self._counting.no_sync(model)
 
-    @contextmanager
-    def kept_apart(self) -> Generator[None]:
+    def kept_apart(self) -> AbstractContextManager[None]:
         """Context whose windows stay on their rank, for training that averages parameters instead of gradients."""
-        window = self._windows.of(())
-        window.settle()
-        sync, window.sync = window.sync, LocalSync()
-        try:
-            yield
-        finally:
-            window.settle()
-            window.sync = sync
+        return self._counting.kept_apart()
 
     @staticmethod
     @contextmanager
@@ -266,7 +222,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> AbstractContextManager[None]:
         """Context in which ranks may run out of data at different times: those that have none take part in the
         others' windows with nothing, and are brought level at the end. On CPUs, too."""
-        return joined(self._windows, self._dataloaders, self, even_batches=even_batches)
+        return self._counting.joined(joinables, self._dataloaders, self, even_batches=even_batches)
 
     # --- the finished gradient ---
 
@@ -278,37 +234,18 @@ class Accelerator(Preparation, Checkpoints, Tracking):
             parameters: a tensor or an iterable of them: those of one or several windows, or some of them.
         """
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        windows = self._concerned(params)
-        if windows is None:
-            return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
-        for window in windows:
-            window.finish()
-            if len(windows) == 1 and {id(p) for p in params} >= {id(slot.param) for slot in window.gradients.slots}:
-                return window.clip_norm(max_norm, norm_type)
-        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        return self._counting.clip_norm(params, max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clip the elements of the window's gradient, once it is complete."""
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        windows = self._concerned(params)
-        if windows is not None:
-            for window in windows:
-                window.finish()
-            torch.nn.utils.clip_grad_value_(params, clip_value)
+        self._counting.clip_value(params, clip_value)
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Make gradients final, without fp16's loss scale: those of an optimizer or of a list of them, or all."""
         wanted = self._optimizers if optimizer is None else optimizer
-        for each in wanted if isinstance(wanted, list | tuple) else [wanted]:
-            window = self._windows.of_optimizer(getattr(each, "optimizer", each))
-            if not window.is_pending or window.is_last:
-                window.finish()
-
-    def _concerned(self, params: Sequence[Tensor]) -> list[FedWindow] | None:
-        """Windows that these parameters belong to; None if one of them is not complete yet."""
-        ids = {id(param) for param in params}
-        found = [w for w in self._windows.all if any(id(slot.param) in ids for slot in w.gradients.slots)]
-        return None if any(window.is_pending and not window.is_last for window in found) else found
+        each = wanted if isinstance(wanted, list | tuple) else [wanted]
+        self._counting.unscale([getattr(optimizer, "optimizer", optimizer) for optimizer in each])
 
     @property
     def optimizer_step_was_skipped(self) -> bool:
@@ -317,19 +254,9 @@ class Accelerator(Preparation, Checkpoints, Tracking):
 
     # --- saving, freeing, watching ---
 
-    def _pending_state(self) -> dict[str, Any]:
-        return {"windows": [window.state_dict() for window in self._windows.all]}
-
-    def _load_pending_state(self, states: Sequence[dict[str, Any]]) -> None:
-        saved = [state["windows"] for state in states]
-        windows = self._windows.all or ([self._windows.of(())] if self._optimizers or self._models else [])
-        for index, window in enumerate(windows[: len(saved[0])]):
-            state = share_of([each[index] for each in saved], rank=self.process_index, world_size=self.num_processes)
-            window.load_state_dict(state)
-
     def free_memory(self, *objects: Any) -> list[Any]:
         """Let go of everything prepared, and of the objects given. Returns as many None."""
-        self._windows.clear()
+        self._counting.clear()
         for held in (self._models, self._optimizers, self._schedulers, self._dataloaders):
             held.clear()
         gc.collect()

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.hooks import RemovableHandle
 
 from macrobatch.accelerate.attendance import Attendance, Present
+from macrobatch.accelerate.counting import WindowCounting
+from macrobatch.accelerate.original import OriginalCounting
 from macrobatch.accelerate.position import check_state
 from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.state_files import (
@@ -74,8 +76,7 @@ class Checkpoints(Processes):
     _custom_objects: list[Any]
     scaler: Any
     project_configuration: Any
-    _pending_state: Callable[[], dict[str, Any]]
-    _load_pending_state: Callable[[Sequence[dict[str, Any]]], None]
+    _counting: WindowCounting | OriginalCounting
 
     def _setup_checkpoints(self) -> None:
         self._save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
@@ -129,7 +130,7 @@ class Checkpoints(Processes):
             WindowError: a micro-batch is under way, or only the main process called in the middle of a window.
         """
         folder = self._new_folder(output_dir)
-        own = self._pending_state()
+        own = self._counting.state_dict()
         present = self._present(folder)
         if present == "main" and any(window["pending"] is not None for window in own["windows"]):
             raise WindowError(
@@ -211,7 +212,7 @@ class Checkpoints(Processes):
                 check_weights(extract_model_from_parallel(model), state)
         with self._together("load_state"):
             if saved.pending:
-                self._load_pending_state(saved.pending)
+                self._counting.load_state_dicts(saved.pending, rank=self.process_index, world_size=self.num_processes)
         for model, state in zip(models, weights, strict=True):
             _load_weights(extract_model_from_parallel(model), state)
         for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):

@@ -43,11 +43,11 @@ class GradientState:
     def __init__(self, gradient_accumulation_plugin: Any = None, *, is_own: bool = False) -> None:
         shared = GradientState._shared_state
         if not shared:
-            shared.update(readings=[], serial=0, owner=None, sync_gradients=True)
+            shared.update(readings=[], begun=[], serial=0, owner=None)
         self._plugin = gradient_accumulation_plugin
         self._is_own = is_own or gradient_accumulation_plugin is not None
         if self._is_own:
-            shared["owner"] = weakref.ref(self)
+            shared.update(owner=weakref.ref(self), latest_plugin=gradient_accumulation_plugin)
         self._sync_gradients = True
         self.is_held = False
 
@@ -67,6 +67,10 @@ class GradientState:
         """Micro-batches of a full window."""
         plugin = self._of_owner()._plugin
         return 1 if plugin is None else plugin.num_steps
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Another number of them, from now on."""
+        self._of_owner()._plugin.num_steps = num_steps
 
     @property
     def adjust_scheduler(self) -> bool:
@@ -147,6 +151,7 @@ class GradientState:
     def _add_dataloader(self, dataloader: Any) -> None:
         readings = [reading for reading in self.readings if reading.loader() not in (None, dataloader)]
         self.readings[:] = [*readings, Reading(dataloader)]
+        self._shared()["begun"].append(weakref.ref(dataloader))
 
     def _yielded(self, dataloader: Any, num_rows: int) -> None:
         shared = self._shared()
@@ -157,6 +162,10 @@ class GradientState:
 
     def _remove_dataloader(self, dataloader: Any) -> None:
         self.readings[:] = [reading for reading in self.readings if reading.loader() not in (None, dataloader)]
+
+    def _exhausted(self, dataloader: Any) -> None:
+        shared = self._shared()
+        shared["begun"] = [reference for reference in shared["begun"] if reference() is not dataloader]
 
     def _shared(self) -> dict[str, Any]:
         if not GradientState._shared_state:

@@ -15,7 +15,7 @@ from macrobatch.core.weighting import Plan
 from macrobatch.errors import ArgumentError
 from macrobatch.sync.peers import Peers
 
-__all__ = ["joined"]
+__all__ = ["evened", "joined"]
 
 
 class _Roll:
@@ -58,8 +58,6 @@ def joined(windows: Windows, loaders: Sequence[Any], accelerator: Any, *, even_b
     Raises:
         ArgumentError: the model's forward is a collective itself.
     """
-    samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in loaders]
-    evened = [sampler for sampler in samplers if hasattr(sampler, "even_batches")]
     if accelerator.num_processes == 1:
         yield
         return
@@ -73,24 +71,35 @@ def joined(windows: Windows, loaders: Sequence[Any], accelerator: Any, *, even_b
             expected="the model as prepare returns it by default",
             fix="leave DistributedDataParallelKwargs or the FSDP plugin out, or keep even_batches=True",
         )
-    if even_batches is not None and len(evened) < len(loaders):
-        warnings.warn(
-            "join_uneven_inputs: given even_batches with a loader that has no such setting; expected loaders of "
-            "indices, as it is only supported for map-style datasets. To fix it, leave even_batches out.",
-            stacklevel=4,
-        )
-    before = [sampler.even_batches for sampler in evened]
-    for sampler in evened if even_batches is not None else ():
-        sampler.even_batches = even_batches
     roll = _Roll(window)
     window.sync.plan = roll.plan
     try:
-        yield
-        roll.follow()
-        _level(window, accelerator)
+        with evened(loaders, even_batches):
+            yield
+            roll.follow()
+            _level(window, accelerator)
     finally:
         del window.sync.plan
-        for sampler, was_even in zip(evened, before, strict=True):
+
+
+@contextmanager
+def evened(loaders: Sequence[Any], even_batches: bool | None) -> Generator[None]:
+    """Context in which loaders fill up their last batches, or do not; None leaves them as they are."""
+    samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in loaders]
+    settable = [sampler for sampler in samplers if even_batches is not None and hasattr(sampler, "even_batches")]
+    if even_batches is not None and len(settable) < len(loaders):
+        warnings.warn(
+            "join_uneven_inputs: given even_batches with a loader that has no such setting; expected loaders of "
+            "indices, as it is only supported for map-style datasets. To fix it, leave even_batches out.",
+            stacklevel=6,
+        )
+    before = [sampler.even_batches for sampler in settable]
+    for sampler in settable:
+        sampler.even_batches = even_batches
+    try:
+        yield
+    finally:
+        for sampler, was_even in zip(settable, before, strict=True):
             sampler.even_batches = was_even
 
 

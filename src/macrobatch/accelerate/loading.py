@@ -71,8 +71,8 @@ class DataLoaderStateMixin:
 class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
     """A loader of one rank's batches, on its device.
 
-    If the length is known, so is the last batch, and none is read ahead; otherwise each batch is held until the next
-    one is there.
+    If the length is known, so is the last batch, and none is read ahead unless `reads_ahead` is set; otherwise each
+    batch is held until the next one is there.
 
     Args:
         device: where batches go; None leaves them.
@@ -111,6 +111,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         self.position.epoch = iteration
         self.drops_last = _drop_last
         self.non_blocking = _non_blocking
+        self.reads_ahead = False
         self._is_accelerate_prepared = True
 
     @property
@@ -182,6 +183,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         try:
             yield from self._epoch()
             self._advance()
+            self.gradient_state._exhausted(self)  # pyright: ignore[reportPrivateUsage]
         finally:
             self._num_seen = None
             self.end()
@@ -204,7 +206,7 @@ class DataLoaderShard(DataLoaderStateMixin, DataLoader[Any]):
         position.num_batches, position.num_together = self.num_skipped_here, self.num_skipped
         state, num_at_once = self.gradient_state, self.num_at_once
         device = self.device if torch.accelerator.is_available() else None  # else there is no other device to leave
-        for batch, is_last in marked(batches, total):
+        for batch, is_last in marked(batches, None if self.reads_ahead else total):
             moved = batch if device is None else send_to_device(batch, device, self.non_blocking)
             self.end_of_dataloader = position.is_at_end = is_last
             position.num_batches += 1

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from macrobatch.accelerate.counting import WindowCounting
 from macrobatch.accelerate.data_loader import prepare_data_loader, skip_first_batches
 from macrobatch.accelerate.models import (
     NoSync,
@@ -23,12 +24,12 @@ from macrobatch.accelerate.models import (
     wrap,
 )
 from macrobatch.accelerate.optimizer import AcceleratedOptimizer
+from macrobatch.accelerate.original import OriginalCounting
 from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.scheduler import AcceleratedScheduler
 from macrobatch.accelerate.settings import Settings
 from macrobatch.accelerate.utils.dataclasses import DataLoaderConfiguration
 from macrobatch.accelerate.utils.other import extract_model_from_parallel
-from macrobatch.accelerate.windows import Windows
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.capture import compile_forward
 
@@ -51,7 +52,7 @@ class Preparation(Processes):
     step_scheduler_with_optimizer: bool
     rng_types: list[Any]
     scaler: Any
-    _windows: Windows
+    _counting: WindowCounting | OriginalCounting
     _models: list[nn.Module]
     _optimizers: list[AcceleratedOptimizer]
     _schedulers: list[AcceleratedScheduler]
@@ -117,20 +118,20 @@ class Preparation(Processes):
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """An optimizer whose `step` and `zero_grad` follow its window."""
-        if type(optimizer) is not AcceleratedOptimizer:
+        if not isinstance(optimizer, AcceleratedOptimizer):
             placement = self.device_placement if device_placement is None else device_placement
-            optimizer = AcceleratedOptimizer(optimizer, placement, self.scaler, windows=self._windows)
+            optimizer = self._counting.wrapped(optimizer, placement)
         if not any(optimizer is known for known in self._optimizers):
             self._optimizers.append(optimizer)
-            self._windows.add(optimizer=optimizer.optimizer)
+            self._counting.add(optimizer=optimizer.optimizer)
         return optimizer
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """A scheduler that follows its optimizer, or all of them if none of them is its own."""
-        if type(scheduler) is not AcceleratedScheduler:
+        if not isinstance(scheduler, AcceleratedScheduler):
             own = getattr(scheduler, "optimizer", None)
             followed = [o for o in self._optimizers if o is own or o.optimizer is own] or self._optimizers
-            scheduler = AcceleratedScheduler(
+            scheduler = self._counting.scheduler_type(
                 scheduler,
                 followed,
                 self.step_scheduler_with_optimizer,
@@ -167,6 +168,7 @@ class Preparation(Processes):
             non_blocking=config.non_blocking,
             use_stateful_dataloader=config.use_stateful_dataloader,
         )
+        prepared.reads_ahead = config.reads_ahead  # pyright: ignore[reportAttributeAccessIssue]
         self._dataloaders.append(prepared)
         return prepared
 
@@ -183,7 +185,7 @@ class Preparation(Processes):
     def _remember(self, model: nn.Module) -> None:
         if not any(model is known for known in self._models):
             self._models.append(model)
-        self._windows.add(model=model)
+        self._counting.add(model=model)
 
     def _shard(self, args: Sequence[Any]) -> None:
         models = [obj for obj in args if isinstance(obj, nn.Module)]

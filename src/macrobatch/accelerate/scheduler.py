@@ -75,18 +75,20 @@ class AcceleratedScheduler:
         """Move on, if the optimizers have made an update."""
         if not self.step_with_optimizer:
             self.scheduler.step(*args, **kwargs)
-            return
-        prepared: list[AcceleratedOptimizer] = [
-            optimizer for optimizer in self.optimizers if type(optimizer) is AcceleratedOptimizer
-        ]
-        if any(optimizer.is_accumulating for optimizer in prepared) and not self._adjusts:
-            return
-        if prepared and all(optimizer.step_was_skipped for optimizer in prepared):
-            return
-        for _ in range(1 if self.split_batches else self._num_processes):
-            # A schedule of fixed length, like OneCycleLR, refuses to go beyond its end.
-            if getattr(self.scheduler, "_step_count", 0) <= getattr(self.scheduler, "total_steps", float("inf")):
-                self.scheduler.step(*args, **kwargs)
+        elif not self._is_held_up():
+            for _ in range(1 if self.split_batches else self._num_processes):
+                # A schedule of fixed length, like OneCycleLR, refuses to go beyond its end.
+                if getattr(self.scheduler, "_step_count", 0) <= getattr(self.scheduler, "total_steps", float("inf")):
+                    self.scheduler.step(*args, **kwargs)
+
+    def _is_held_up(self) -> bool:
+        """Whether there is no update to follow: a window is under way, or all optimizers were skipped."""
+        prepared = [optimizer for optimizer in self.optimizers if isinstance(optimizer, AcceleratedOptimizer)]
+        if not self._adjusts:
+            for optimizer in prepared:
+                if optimizer.is_accumulating:
+                    return True
+        return bool(prepared) and all(optimizer.step_was_skipped for optimizer in prepared)
 
     def get_last_lr(self) -> list[float]:
         """Learning rates in use, one per parameter group."""

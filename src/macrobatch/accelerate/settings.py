@@ -24,7 +24,7 @@ from macrobatch.accelerate.utils.dataclasses import (
 from macrobatch.accelerate.utils.environment import gradient_accumulation_steps_from_env
 from macrobatch.errors import ArgumentError
 
-__all__ = ["Settings", "read_settings"]
+__all__ = ["Settings", "checked_num_steps", "read_settings"]
 
 _ABSENT = ("deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin", "parallelism_config")
 _HANDLERS: dict[type[KwargsHandler], str] = {
@@ -81,10 +81,6 @@ class Settings:
         kwargs = {name: value for name, value in self.dynamo_plugin.to_kwargs().items() if name != "backend"}
         return {"backend": backend, **kwargs}
 
-    def set_num_steps(self, num_steps: int) -> None:
-        """Another window size, from now on."""
-        self.gradient_accumulation_plugin.num_steps = checked_num_steps(num_steps)
-
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
     """Settings from the arguments of an `Accelerator`.
@@ -98,7 +94,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
         raise ArgumentError("mixed_precision", given=precision, expected=f"one of {PrecisionType.list()}", fix='"bf16"')
     if str(precision) == "fp8":
         raise ArgumentError("mixed_precision", given=precision, expected='"no", "bf16" or "fp16"', fix='pass "bf16"')
-    return Settings(
+    options = Settings(
         device_placement=given["device_placement"],
         mixed_precision=None if precision is None else str(precision),
         gradient_accumulation_plugin=_accumulation(
@@ -114,6 +110,11 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
         dynamo_plugin=_compiling(given["dynamo_plugin"], given["dynamo_backend"]),
         **_handlers(given["kwargs_handlers"]),
     )
+    if options.gradient_accumulation_plugin.original:
+        options.dataloader_config.reads_ahead = True
+        if options.fsdp_plugin is None:
+            options.ddp_handler = options.ddp_handler or DistributedDataParallelKwargs()
+    return options
 
 
 def _kwargs(handler: KwargsHandler | None) -> dict[str, Any]:

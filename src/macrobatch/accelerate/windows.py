@@ -228,7 +228,8 @@ class Windows:
         self._precision = precision
         self._world_size = world_size
         self._overlaps = overlaps
-        self._made: dict[frozenset[int], FedWindow] = {}
+        self.made: dict[frozenset[int], FedWindow] = {}
+        """Those that exist, by the ids of their optimizers."""
         self._known: dict[tuple[int, ...], FedWindow] = {}
         self._by_optimizer: dict[int, FedWindow] = {}
         self._own: set[int] = set()
@@ -239,7 +240,7 @@ class Windows:
     @property
     def all(self) -> list[FedWindow]:
         """Those that exist."""
-        return list(self._made.values())
+        return list(self.made.values())
 
     def add(self, *, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> None:
         """Something more is trained. What windows there are stay for as long as they are asked for."""
@@ -263,10 +264,10 @@ class Windows:
         Args:
             inside: the window of the block around its backward, if there is one.
         """
-        if inside is None and not (self.optimizers or (self._world_size > 1 and (self.models or self._made))):
+        if inside is None and not (self.optimizers or (self._world_size > 1 and (self.models or self.made))):
             return False
         window = inside or self.of(())
-        for each in self._made.values():
+        for each in self.made.values():
             if each.sync.substitutes:
                 return True
         if not self._own or window.window.num_pending <= 1:
@@ -278,15 +279,15 @@ class Windows:
         """The window that an optimizer steps for."""
         window = self._by_optimizer.get(id(optimizer))
         if window is None:
-            steps = (w for w in self._made.values() if any(optimizer is known for known in w.optimizers))
+            steps = (w for w in self.made.values() if any(optimizer is known for known in w.optimizers))
             window = self._by_optimizer[id(optimizer)] = next(steps, None) or self.of(())
         return window
 
     def clear(self) -> None:
         """Forget all models, optimizers and windows; gradients are given back."""
-        for window in self._made.values():
+        for window in self.made.values():
             window.gradients.release()
-        self._made.clear()
+        self.made.clear()
         self._forget_answers()
         self.models.clear()
         self.optimizers.clear()
@@ -305,25 +306,25 @@ class Windows:
         if len(optimizers) == len(self.optimizers):
             named = self.models or named
         key = frozenset(map(id, optimizers or named))
-        if key not in self._made:
-            for other in [other for other in self._made if other & key or not other or not key]:
+        if key not in self.made:
+            for other in [other for other in self.made if other & key or not other or not key]:
                 self._retire(other)
-            self._made[key] = FedWindow(
+            self.made[key] = FedWindow(
                 named,
                 optimizers,
                 state=self.state,
-                precision=self._precision(not self._made),
+                precision=self._precision(not self.made),
                 world_size=self._world_size,
                 overlaps=self._overlaps,
             )
-            self._made[key].begin()
+            self.made[key].begin()
             self._by_optimizer.clear()
             self._own.clear()
-        return self._made[key]
+        return self.made[key]
 
     def _retire(self, key: frozenset[int]) -> None:
-        self._made[key].release()
-        del self._made[key]
+        self.made[key].release()
+        del self.made[key]
         self._forget_answers()
 
 
@@ -333,7 +334,7 @@ def _ids_of(*optimizers: Optimizer) -> set[int]:
 
 def restricted(window: FedWindow, windows: Windows) -> dict[str, Any]:
     """What keeps a backward out of the gradients of other windows, if there are others."""
-    if len(windows.all) < 2:
+    if len(windows.made) < 2:
         return {}
     params = [param for param in window.parameters() if param.requires_grad]
     return {"inputs": params} if params else {}

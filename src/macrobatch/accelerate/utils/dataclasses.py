@@ -198,6 +198,8 @@ class DataLoaderConfiguration:
         even_batches: samples of the first batches fill up the last ones, so that all ranks have as many.
         use_seedable_sampler: shuffle by seed and epoch.
         data_seed: that seed.
+        reads_ahead: hold each batch until the next one has been read, as the original does; loaders of unknown length
+            always do.
     """
 
     split_batches: bool = False
@@ -207,6 +209,7 @@ class DataLoaderConfiguration:
     data_seed: int | None = None
     non_blocking: bool = False
     use_stateful_dataloader: bool = False
+    reads_ahead: bool = False
 
 
 @dataclass
@@ -250,6 +253,8 @@ class GradientAccumulationPlugin(KwargsHandler):
         normalize: "exact" divides by what the window has seen, "uniform" takes the mean of the micro-batches' means,
             "constant" their sum over `num_steps`, as the original does. Default: MACROBATCH_NORMALIZE, or "exact".
         widens: sum gradients of 16-bit parameters in float32; False does it in 16 bits, in one process.
+        original: count as the original does, on many ranks in `DistributedDataParallel`, whatever comes of it: see
+            "Compatibility". Goes with normalize="constant", widens=False and loaders that read ahead.
     """
 
     def __init__(
@@ -259,13 +264,23 @@ class GradientAccumulationPlugin(KwargsHandler):
         sync_with_dataloader: bool = True,
         sync_each_batch: bool = False,
         normalize: str = _UNSET,
-        widens: bool = True,
+        widens: bool = _UNSET,
+        original: bool = False,
     ) -> None:
         if num_steps is not _UNSET and (type(num_steps) is not int or num_steps < 1):
             raise ArgumentError(
                 "num_steps", given=num_steps, expected="an integer >= 1", fix="pass 1 not to accumulate"
             )
-        chosen = default_normalize() if normalize is _UNSET else normalize
+        if original and (normalize not in (_UNSET, "constant") or widens not in (_UNSET, False)):
+            raise ArgumentError(
+                "original",
+                given=f"True, with normalize={normalize!r} and widens={widens!r}",
+                expected='it alone, which means normalize="constant" and widens=False',
+                fix="leave the others out",
+            )
+        chosen = normalize
+        if chosen is _UNSET:
+            chosen = "constant" if original else default_normalize()
         if chosen not in ("exact", "uniform", "constant"):
             raise ArgumentError("normalize", given=chosen, expected='"exact", "uniform" or "constant"', fix='"exact"')
         self.num_steps = None if num_steps is _UNSET else num_steps
@@ -273,7 +288,8 @@ class GradientAccumulationPlugin(KwargsHandler):
         self.sync_with_dataloader = sync_with_dataloader
         self.sync_each_batch = sync_each_batch
         self.normalize = chosen
-        self.widens = widens
+        self.widens = not original if widens is _UNSET else widens
+        self.original = original
         self._is_adjust_given = adjust_scheduler is not _UNSET
 
     def to_dict(self) -> dict[str, Any]:
