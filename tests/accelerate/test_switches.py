@@ -15,20 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
+from tests.accelerate.doors import ORIGINAL, OURS, entered, reset
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     yield
     reset()
-
-
-def reset() -> None:
-    for package in (ORIGINAL, OURS):
-        state = importlib.import_module(f"{package}.state")
-        for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
-            kind._reset_state()
 
 
 class Training:
@@ -133,3 +128,121 @@ def test_a_loader_prepared_after_loading_has_another_order(tmp_path: Path):
     assert original == switched
     assert sorted(original[0] + original[1]) != list(range(12))
     assert sorted(ours[0] + ours[1]) == list(range(12))
+
+
+def num_steps(package: str, **arguments: Any) -> int:
+    """Micro-batches of a window, of an accelerator with the guide's plugin."""
+    with entered(package) as door:
+        plugin = door.utils.GradientAccumulationPlugin(sync_with_dataloader=False, **arguments.pop("plugin", {}))
+        return door.Accelerator(cpu=True, gradient_accumulation_plugin=plugin, **arguments).gradient_accumulation_steps
+
+
+def test_a_plugin_alone_means_one_step(monkeypatch: pytest.MonkeyPatch):
+    assert num_steps(ORIGINAL) == num_steps(OURS) == 1
+    assert num_steps(OURS, gradient_accumulation_steps=4) == 4
+    with pytest.raises(ValueError, match="only pass one"):
+        num_steps(ORIGINAL, gradient_accumulation_steps=4)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert num_steps(ORIGINAL) == num_steps(OURS, plugin={"num_steps": 1}) == 1
+    assert num_steps(OURS) == 2
+
+
+def test_the_environment_counts_without_an_argument(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    found = {}
+    for package, arguments in ((ORIGINAL, {"gradient_accumulation_steps": 8}), (OURS, {})):
+        with entered(package) as door:
+            found[package] = door.Accelerator(cpu=True, **arguments).gradient_accumulation_steps
+    assert found == {ORIGINAL: 2, OURS: 2}
+    with entered(OURS) as door:
+        assert door.Accelerator(cpu=True, gradient_accumulation_steps=8).gradient_accumulation_steps == 8
+
+
+def test_a_negated_loss_climbs():
+    seen = {}
+    for package, steps, sign in ((ORIGINAL, -4, 1), (OURS, 4, -1)):
+        training = Training(package, num_steps=steps)
+        for x in torch.arange(8.0).view(8, 1, 1):
+            training.index += 1
+            with training.accelerator.accumulate(training.model):
+                training.accelerator.backward(sign * training.model(x).mean())
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+        seen[package] = training.seen
+    assert seen[OURS] == seen[ORIGINAL] == [(4, -1.5), (8, -5.5)]
+
+
+def batches(package: str, **arguments: Any) -> list[list[int]]:
+    with entered(package) as door:
+        data = door.Accelerator(cpu=True, **arguments).prepare(DataLoader(list(range(16)), batch_size=4))
+        return [batch.tolist() for batch in data]
+
+
+def batches_in_the_original() -> list[list[int]]:
+    return batches(ORIGINAL, split_batches=True)
+
+
+def batches_without_the_argument() -> list[list[int]]:
+    return batches(OURS)
+
+
+def batches_that_are_split() -> list[list[int]]:
+    return batches(OURS, split_batches=True)
+
+
+def test_split_batches_is_ignored_if_it_is_left_out(ranks: Any):
+    assert ranks(2).run(batches_in_the_original) == ranks(2).run(batches_without_the_argument)
+    assert ranks(2).run(batches_that_are_split) != ranks(2).run(batches_in_the_original)
+
+
+def gathered(package: str, how: str) -> list[list[float]]:
+    """Of eleven samples, all but the first batch; then one value of each rank."""
+    with entered(package) as door:
+        accelerator = door.Accelerator(cpu=True)
+        data = accelerator.prepare(DataLoader(torch.arange(11.0), batch_size=2))
+        skipping = accelerator.skip_first_batches(data, 1)
+        rows = [getattr(accelerator, how)(batch).tolist() for batch in skipping]
+        values = []
+        for batch in accelerator.prepare(DataLoader(torch.arange(9.0), batch_size=2)):
+            value = getattr(accelerator, how)(batch.mean())
+            if how == "gather" and accelerator.gradient_state.end_of_dataloader:
+                value = value[: accelerator.gradient_state.remainder]
+            values.append(value.tolist())
+        return [*rows, *values]
+
+
+def test_gather_has_what_the_original_gathers_for_metrics(ranks: Any):
+    theirs, switched = ranks(2).run(gathered, ORIGINAL, "gather_for_metrics"), ranks(2).run(gathered, OURS, "gather")
+    assert theirs == switched
+    assert ranks(2).run(gathered, OURS, "gather_for_metrics") != theirs
+
+
+def reduced(package: str, reduction: str) -> float:
+    with entered(package) as door:
+        accelerator = door.Accelerator(cpu=True)
+        return accelerator.reduce(torch.tensor([1.0 + accelerator.process_index]), reduction).item()
+
+
+def test_a_sum_is_what_the_original_s_none_is(ranks: Any):
+    assert ranks(2).run(reduced, ORIGINAL, "none") == ranks(2).run(reduced, OURS, "sum") == [3.0, 3.0]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_schedulers_are_not_adjusted_if_it_is_left_out():
+    rates = {}
+    for package, arguments in (
+        (ORIGINAL, {"adjust_scheduler": True}),
+        (OURS, {}),
+        ("adjusted", {"adjust_scheduler": True}),
+    ):
+        training = Training(OURS if package == "adjusted" else package, **arguments)
+        own = torch.optim.lr_scheduler.ExponentialLR(training.optimizer.optimizer, 0.5)
+        training.optimizer.param_groups[0]["lr"] = 1.0
+        scheduler = training.accelerator.prepare(own)
+        for x in torch.ones(4, 1, 1):
+            training.micro_step(x)
+            scheduler.step()
+        rates[package] = scheduler.get_last_lr()
+        reset()
+    assert rates[ORIGINAL] == rates[OURS] == [0.5]
+    assert rates["adjusted"] == [0.0625]

@@ -113,7 +113,7 @@ def plain(value: Any) -> Any:
 def test_options_hold_what_the_originals_hold(name: str):
     theirs = getattr(import_module("accelerate.utils"), name)(**KWARGS[name])
     mine = getattr(ours, name)(**KWARGS[name])
-    for field in vars(mine):
+    for field in vars(mine).keys() - {"reads_ahead"}:  # the one setting of ours
         if name != "InitProcessGroupKwargs" or field != "timeout":
             assert plain(getattr(mine, field)) == plain(getattr(theirs, field)), field
     if hasattr(theirs, "to_kwargs"):
