@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from macrobatch.errors import StateError
+from macrobatch.sync import Policy
 from tests.accelerate.doors import OURS, entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def train(
-    is_sharded: bool, each_batch: bool, stop: int | None, folder: Path | None
+    is_sharded: bool, each_batch: bool, stop: int | None, folder: Path | None, start: int = 0, reshards: bool = False
 ) -> tuple[dict[str, Tensor], float, list[Any]]:
-    """Weights, the last norm, and what strategy held between micro-batches, after two epochs of ragged batches.
+    """Weights, the last norm, and what strategy held between micro-batches, after two epochs of five ragged batches.
 
-    Saves and ends after `stop` micro-batches; with a folder and no stop, goes on from there.
+    Saves and ends after `stop` micro-batches; with a folder and no stop, goes on from there, which was after `start`.
     """
     with entered(OURS) as door:
         torch.manual_seed(0)
@@ -37,8 +40,8 @@ def train(
         num_seen, norm = 0, 0.0
         if folder is not None and stop is None:
             accelerator.load_state(str(folder))
-            loader, num_seen = accelerator.skip_first_batches(loader), 4
-        for _ in range(2):
+            loader, num_seen = accelerator.skip_first_batches(loader), start
+        for _ in range(start // 5, 2):
             for x, y in loader:
                 with accelerator.accumulate(model):
                     accelerator.backward(F.cross_entropy(model(x), y))
@@ -47,6 +50,8 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                 num_seen += 1
+                if reshards and num_seen == 5:  # the policy has just been chosen
+                    accelerator._windows.all[0].sync.policy = Policy(keep_parameters=False, reduce_last=True)
                 if num_seen == stop:
                     accelerator.save_state(str(folder))
                     return {}, norm, []
@@ -67,13 +72,78 @@ def test_sharded_training_is_the_same(ranks: Any, each_batch: bool):
         assert policy.reduce_last is policy.keep_parameters is (not each_batch)
 
 
-@pytest.mark.parametrize("each_batch", [False, True])
-def test_sharded_training_goes_on_in_the_middle_of_a_window(ranks: Any, tmp_path: Path, each_batch: bool):
+@pytest.mark.parametrize("stop", [4, 7], ids=["in the second window", "in the third window"])
+@pytest.mark.parametrize(("each_batch", "reshards"), [(True, False), (False, False), (False, True)])
+def test_sharded_training_goes_on_in_the_middle_of_a_window(
+    ranks: Any, tmp_path: Path, each_batch: bool, reshards: bool, stop: int
+):
+    """From the third window on, whole gradients, and whole parameters, may be held between micro-batches."""
     whole = ranks(2).run(train, True, each_batch, None, None)[0][0]
-    ranks(2).run(train, True, each_batch, 4, tmp_path)
-    resumed = ranks(2).run(train, True, each_batch, None, tmp_path)[0][0]
+    ranks(2).run(train, True, each_batch, stop, tmp_path, 0, reshards)
+    resumed = ranks(2).run(train, True, each_batch, None, tmp_path, stop)[0][0]
     assert whole
     for name, weight in whole.items():
         # Without sync_each_batch, a run chooses what to hold after its second window, and from then on adds up in
         # another order: a few roundings of 6e-8.
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0 if each_batch else 1e-6)
+
+
+def micro_steps(folder: str, what: str) -> list[Tensor]:
+    """Weights after three windows of three micro-batches, with an optimizer that has no state.
+
+    To "save" ends in the third one; to "resume" goes on from there; "fails" raises in its second micro-batch, and
+    "empty" has no samples in its first two.
+    """
+    with entered(OURS) as door:
+        torch.manual_seed(0)
+        accelerator = door.Accelerator(
+            cpu=True, gradient_accumulation_steps=3, fsdp_plugin=door.FullyShardedDataParallelPlugin()
+        )
+        model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        micro_batches = torch.randn(9, 4, 3, 2)[:, accelerator.process_index]
+        if what == "resume":
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0  # the checkpoint's counts
+            accelerator.load_state(folder)
+        for index, x in enumerate(micro_batches):
+            if what == "resume" and index < 7:
+                continue
+            rows = x[:0] if what == "empty" and index in (6, 7) else x
+            with suppress(KeyError), accelerator.accumulate(model):
+                if what == "fails" and index == 7:
+                    raise KeyError
+                accelerator.backward(model(rows).square().sum(), weight=len(rows))
+                optimizer.step()
+                optimizer.zero_grad()
+            if what == "save" and index == 6:
+                accelerator.save_state(folder)
+                break
+        return list(accelerator.get_state_dict(model).values()) if what != "save" else []
+
+
+def test_an_optimizer_without_state_goes_on(ranks: Any, tmp_path: Path):
+    whole = ranks(2).run(micro_steps, str(tmp_path), "train")[0]
+    ranks(2).run(micro_steps, str(tmp_path), "save")
+    resumed = ranks(2).run(micro_steps, str(tmp_path), "resume")[0]
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)  # sums in another order, as above
+
+
+def refused(folder: str) -> str:
+    try:
+        micro_steps(folder, "resume")
+    except StateError as error:
+        return str(error)
+    return ""
+
+
+def test_a_window_under_way_is_refused_by_another_number_of_ranks(ranks: Any, tmp_path: Path):
+    """Of two ranks and four, some pieces of the parameters have the same shapes."""
+    ranks(4).run(micro_steps, str(tmp_path), "save")
+    assert all("4 ranks, as when it was saved" in told for told in ranks(2).run(refused, str(tmp_path)))
+
+
+def test_nothing_is_left_of_micro_batches_that_are_given_up(ranks: Any, tmp_path: Path):
+    """All ranks fail in the second micro-batch of a window: what they have of the first is not in its gradient."""
+    expected, found = (ranks(2).run(micro_steps, str(tmp_path), what)[0] for what in ("empty", "fails"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

@@ -187,8 +187,8 @@ class Checkpoints(Processes):
             self.wait_for_everyone()
 
     def load_state(self, input_dir: Any = None, load_kwargs: Any = None, **load_model_func_kwargs: Any) -> None:
-        """Go on from a checkpoint, of any number of ranks. All ranks have to call. Nothing is changed unless all of it
-        can be read and fits.
+        """Go on from a checkpoint, of any number of ranks (of as many, in the middle of a window of a sharded model).
+        All ranks have to call. Nothing is changed unless all of it can be read and fits.
 
         Args:
             input_dir: its folder; by default, with automatic naming, the latest.
@@ -385,6 +385,10 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any], models: Sequence[nn.M
     owner = _sharded_owner(optimizer, models)
     if owner is None:
         optimizer.load_state_dict(state)
+        return
+    if not any(state["state"].values()):  # torch looks there for the device
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
         return
     with gradients_aside(owner.parameters()):  # torch makes the state that it fills by a step, if there are none
         set_optimizer_state_dict(owner, optimizer.optimizer, state, options=_WHOLE)

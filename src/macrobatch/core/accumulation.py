@@ -326,9 +326,11 @@ class Accumulation:
         self.settle()
         pending = None
         if self._tally is not None and self.is_pending:
+            self.sync.bring_in(self.gradients)
             pending = {
                 "tally": self._tally.state_dict(),
                 "is_weighted": self._is_weighted,
+                "is_sharded": bool(self.gradients.groups()),
                 "gradients": gradients_so_far(self.gradients),
             }
         return {"window": self.window.state_dict(), "precision": self.precision.state_dict(), "pending": pending}
@@ -376,7 +378,7 @@ class Accumulation:
 
     def _empty(self) -> None:
         """Take back what this rank has added to the window."""
-        self._tally = self._is_weighted = None
+        self._tally = self._is_weighted = self._plan = None
         self._num_backwards = 0
         self.gradients.clear()
 

@@ -57,12 +57,22 @@ def share_of(states: Sequence[Mapping[str, Any]], *, rank: int, world_size: int)
         states: in the order of the ranks that saved them.
         rank: of the one that asks.
         world_size: number of ranks now.
+
+    Raises:
+        StateError: of parameters that are spread over ranks, another number of them.
     """
     if len(states) == world_size:
         return states[rank]
     begun = [state["pending"] for state in states if state["pending"] is not None]
     if not begun:
         return states[0]
+    if any(pending.get("is_sharded") for pending in begun):
+        raise StateError(
+            "a window under way",
+            given=f"the gradients of {len(states)} ranks, for pieces of the parameters, on {world_size}",
+            expected=f"{len(states)} ranks, as when it was saved",
+            fix="go on with as many ranks, or save after an update",
+        )
     pending = _merged(begun) if rank == 0 else _emptied(begun[0])
     return {**states[0], "pending": pending}
 

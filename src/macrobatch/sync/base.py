@@ -94,6 +94,10 @@ class Sync:
         """Context of one micro-batch."""
         return _NOTHING
 
+    def bring_in(self, gradients: GradientBuffer) -> None:
+        """Between two micro-batches, before what the buffer has of a window is saved: what is held elsewhere comes into
+        it. All ranks call it."""
+
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Add up gradients and tally over ranks, and find which parameters any rank used.
 

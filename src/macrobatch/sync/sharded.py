@@ -184,10 +184,7 @@ class ShardedSync(Sync):
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
         """Set what FSDP2 does in the forward and backward that follow."""
         assert self._model is not None
-        for module in self._modules:
-            module.set_requires_gradient_sync(is_last or not self.policy.reduce_last, recurse=False)
-            module.set_reshard_after_backward(is_last or not self.policy.keep_parameters, recurse=False)
-            module.set_is_last_backward(is_last)
+        self._set_for(is_last=is_last)
         if self._line is not None:
             self._line.redo() if self._is_behind else self._line.begin()
             self._is_behind = False
@@ -195,6 +192,14 @@ class ShardedSync(Sync):
         self._num_own -= 1
         context = super().micro_batch(gradients, is_last=is_last)
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
+
+    def bring_in(self, gradients: GradientBuffer) -> None:
+        """Reduce what the policy holds whole, and reshard parameters that it keeps: as in the last backward, in which
+        nothing arrives. The sum is the same, but for the order of its roundings."""
+        self._set_for(is_last=True)
+        roots = [state for state in map(_state_of, self._modules) if state._is_root]
+        for state in roots:
+            state._root_post_backward_final_callback()
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Add up weights, losses and which parameters were used: one small all-reduce."""
@@ -229,6 +234,12 @@ class ShardedSync(Sync):
             self._line.end()
         with suppress(Again):
             self._peers.add_up(gradients, None)
+
+    def _set_for(self, *, is_last: bool) -> None:
+        for module in self._modules:
+            module.set_requires_gradient_sync(is_last or not self.policy.reduce_last, recurse=False)
+            module.set_reshard_after_backward(is_last or not self.policy.keep_parameters, recurse=False)
+            module.set_is_last_backward(is_last)
 
     def _be_ready(self) -> None:
         """Memory may run out from here on, in front of the first micro-batch too."""
@@ -297,4 +308,8 @@ class ShardedSync(Sync):
         )
 
     def _precisions(self) -> list[MixedPrecisionPolicy]:
-        return [module._get_fsdp_state()._mp_policy for module in self._modules]  # pyright: ignore[reportPrivateUsage]
+        return [_state_of(module)._mp_policy for module in self._modules]
+
+
+def _state_of(module: FSDPModule) -> Any:
+    return module._get_fsdp_state()  # pyright: ignore[reportPrivateUsage]

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
-from macrobatch.errors import ArgumentError, NoMemoryError
+from macrobatch.errors import ArgumentError, NoMemoryError, NotYetError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
@@ -144,6 +144,20 @@ class WrappedSync(Sync):
         syncs = is_last or self._syncs_always
         context = super().micro_batch(gradients, is_last=is_last) if syncs else self._model.no_sync()
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
+
+    def bring_in(self, gradients: GradientBuffer) -> None:
+        """DDP leaves them in the buffer.
+
+        Raises:
+            NotYetError: FSDP1 keeps them to itself.
+        """
+        if isinstance(self._model, FullyShardedDataParallel):
+            raise NotYetError(
+                "a window under way",
+                given="gradients that FSDP1 keeps to itself until the last micro-batch",
+                expected="to be saved between two windows",
+                fix="save after an update, or shard with torch.distributed.fsdp.fully_shard",
+            )
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Make sums of the wrapper's means, and add up weights, losses and which parameters were used."""
