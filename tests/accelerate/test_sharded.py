@@ -51,7 +51,7 @@ def train(
                     optimizer.zero_grad()
                 num_seen += 1
                 if reshards and num_seen == 5:  # the policy has just been chosen
-                    accelerator._windows.all[0].sync.policy = Policy(keep_parameters=False, reduce_last=True)
+                    accelerator._counting.windows.all[0].sync.policy = Policy(keep_parameters=False, reduce_last=True)
                 if num_seen == stop:
                     accelerator.save_state(str(folder))
                     return {}, norm, []
