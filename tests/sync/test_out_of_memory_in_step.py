@@ -147,6 +147,10 @@ def wrapped(options: dict[str, Any], model: Any) -> tuple[Any, WrappedSync]:
     return DistributedDataParallel(model, **options), WrappedSync()
 
 
+def lone(options: dict[str, Any], model: Any) -> tuple[Any, str]:
+    return DistributedDataParallel(model, **options), "auto"
+
+
 GIVEN = [[8, 32], [12, 20, 8], [16], [4, 4]]
 PARTS = {(0,): 16, (1,): 10, (0, 1): 10}  # the least of the victims' halves
 
@@ -264,6 +268,13 @@ def test_a_hybrid_mesh_runs_a_window_again(ranks, policy):
 def test_a_rank_under_ddp_runs_its_window_again_by_itself(ranks, options, victims):
     outcomes = ranks(2).run(anywhere, partial(wrapped, options), victims, 17)
     assert [problems for _, problems in outcomes] == [[], []]
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)
+def test_ddp_on_a_single_rank_runs_its_window_again(ranks, options):
+    ((num, problems),) = ranks(1).run(again_and_again, partial(lone, options), (0,), 5)
+    assert num > 20
+    assert problems == []
 
 
 def failing(kind: str) -> str:
@@ -397,10 +408,13 @@ def refused(kind: str) -> str:
     model: Any = nn.Sequential(nn.Linear(WIDTH, 4))
     if kind == "fsdp1":
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    else:
+    elif kind == "static graph":
         model = DistributedDataParallel(model, static_graph=True)
+    else:
+        fully_shard(model, mesh=mesh_of("plain"))
+    sync = "auto" if kind in ("fsdp1", "static graph") else "local"
     try:
-        mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch="auto")
+        mb.TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, micro_batch="auto", sync=sync)
     except ArgumentError as error:
         return str(error)
     return "nothing"
@@ -411,6 +425,13 @@ def test_wrappers_that_synchronise_in_the_middle_are_refused(ranks, kind):
     for message in ranks(2, timeout_s=IMPATIENT_S).run(refused, kind):
         assert "WrappedSync" in message
         assert "micro_batch=16" in message
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_sharded_model_cannot_stay_with_its_process(ranks, num):
+    for message in ranks(num).run(refused, "fsdp2, local"):
+        assert "fully_shard" in message
+        assert 'leave it at "auto"' in message
 
 
 def remembering(folders: list[str]) -> list[int]:

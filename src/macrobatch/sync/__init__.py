@@ -11,7 +11,7 @@ from macrobatch.errors import ArgumentError
 from macrobatch.sync.base import LocalSync, Sync
 from macrobatch.sync.replicated import ReplicatedSync
 from macrobatch.sync.sharded import Policy, ShardedSync
-from macrobatch.sync.wrapped import WrappedSync
+from macrobatch.sync.wrapped import LoneSync, WrappedSync
 
 __all__ = ["LocalSync", "Policy", "ReplicatedSync", "ShardedSync", "Sync", "WrappedSync", "make_sync"]
 
@@ -23,6 +23,9 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean:
         overlaps: whether backwards are autograd's own, so that a strategy may work during the last one.
         is_lean: hold as little as possible between micro-batches, where a strategy has the choice.
 
+    Raises:
+        ArgumentError: it is none of these, or "local" for a model that reduces by itself.
+
     ```pycon
     >>> make_sync("auto", nn.Linear(1, 1)).has_peers
     False
@@ -32,13 +35,21 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean:
     if isinstance(sync, Sync):
         sync.overlaps = sync.overlaps and overlaps
         return sync
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     if sync == "local":
+        if is_sharded:
+            raise ArgumentError(
+                "sync",
+                given='"local" for a model that fully_shard has spread over ranks',
+                expected='"auto" or a ShardedSync: its backwards reduce over ranks by themselves',
+                fix='leave it at "auto", also on a single rank',
+            )
         return LocalSync()
     if sync == "auto":
-        if any(isinstance(module, FSDPModule) for module in model.modules()):  # has to be set right even if alone
+        if is_sharded:  # has to be set right even if alone
             return ShardedSync(policy=Policy(keep_parameters=False, reduce_last=False) if is_lean else None)
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return LocalSync()
+            return LoneSync() if LoneSync.suits(model) else LocalSync()
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
         return ReplicatedSync(overlap=overlaps)

@@ -21,7 +21,7 @@ from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Sync
 from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
 
-__all__ = ["WrappedSync"]
+__all__ = ["LoneSync", "WrappedSync"]
 
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)  # pyright: ignore[reportPrivateUsage]
@@ -207,6 +207,25 @@ class WrappedSync(Sync):
             hook.remove()
         self._hooks = [slot.param.register_post_accumulate_grad_hook(note) for slot in slots]
         self._watched = slots
+
+
+class LoneSync(Sync):
+    """`DistributedDataParallel` that has nobody to reduce with, inside its `no_sync` all the time: its reducer would
+    wait for ever for the rest of a backward that has failed, and a window could not be run again."""
+
+    def begin(self, model: nn.Module, gradients: GradientBuffer) -> None:
+        """Nothing is to be made equal."""
+        self._model = model
+
+    def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
+        """`no_sync`."""
+        return self._model.no_sync()  # pyright: ignore[reportCallIssue]
+
+    @staticmethod
+    def suits(model: nn.Module) -> bool:
+        """Whether a wrapper can do without its reducer: not a static graph, which that records in its first backward,
+        nor DDP's own mixed precision."""
+        return isinstance(model, DistributedDataParallel) and not model.static_graph and model.mixed_precision is None
 
 
 def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
