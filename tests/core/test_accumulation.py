@@ -221,6 +221,24 @@ def test_resume_in_a_window_gives_the_same_bits(stop):
     assert all(torch.equal(a, b) for a, b in zip(straight[0].values(), resumed[0].values(), strict=True))
 
 
+def test_rank_that_has_given_up_its_part_goes_on_with_nothing():
+    """And not as one that has not begun: the others would wait for it to plan."""
+    states: list[Any] = []
+    for fails in (False, True):
+        acc = accumulation(nn.Linear(2, 1), 2)
+        with suppress(KeyError), acc.micro_batch():
+            acc.backward(acc._model(torch.ones(1, 2)).mean())
+            if fails:
+                raise KeyError
+        states.append(acc.state_dict())
+    assert states[1]["pending"] is None
+    acc.load_state_dict(share_of(states, rank=1, world_size=2))
+    assert acc.window.num_pending == 1
+    assert acc._tally is not None
+    assert acc._tally.weights() == {"loss": 0.0}
+    assert share_of([states[0], None], rank=0, world_size=2) is states[0]
+
+
 @pytest.mark.parametrize("damage", ["missing", "fewer", "shape", "precision", "text"])
 def test_foreign_state_is_refused_and_changes_nothing(damage):
     model = nn.Linear(2, 1)

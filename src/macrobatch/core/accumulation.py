@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from macrobatch.core.autograd import backward
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.handover import checked_pending, gradients_so_far
+from macrobatch.core.handover import checked_pending, gradients_so_far, restore
 from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision
 from macrobatch.core.tally import Seeds, Tally
@@ -356,9 +356,8 @@ class Accumulation:
         self._tally = Tally(self._policy(), guess=1.0, num_micro_batches=self.window.size, seeds=self._seeds)
         self._tally.load_state_dict(pending["tally"], self.gradients.slots[0].local.device)
         self._is_weighted = pending["is_weighted"]
-        for slot, gradient in zip(self.gradients.slots, pending["gradients"], strict=True):
-            if gradient is not None:
-                slot.local.copy_(gradient)
+        restore(self.gradients, pending["gradients"])
+        self.sync.take_up(self.gradients)
 
     def _opened(self, weight: Weight | None, num_samples: int) -> Tally:
         """The window's tally, begun with its first loss."""

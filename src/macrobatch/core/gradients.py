@@ -67,6 +67,11 @@ class Slot:
         self.version = 0
         self.used = False
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether something was added since the window began."""
+        return self.local._version != self.version
+
     def within(self, numbers: Tensor) -> Tensor:
         """The parameter's part of a buffer that is laid out as its own."""
         return _view(numbers, self.param, self.start)
@@ -150,7 +155,7 @@ class GradientBuffer:
         for slot in self.slots:
             grad = slot.param.grad
             if grad is slot.view:
-                slot.used = slot.local._version != slot.version
+                slot.used = slot.has_moved
             elif adopts:
                 slot.used = grad is not None
                 if grad is None:

@@ -11,12 +11,19 @@ from torch import Tensor
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.errors import StateError
 
-__all__ = ["checked_pending", "gradients_so_far", "share_of"]
+__all__ = ["checked_pending", "gradients_so_far", "restore", "share_of"]
 
 
 def gradients_so_far(buffer: GradientBuffer) -> list[Tensor | None]:
     """What a window has accumulated, one per parameter; None for those that it has not used yet."""
-    return [slot.local.clone() if slot.local._version != slot.version else None for slot in buffer.slots]
+    return [slot.local.clone() if slot.has_moved else None for slot in buffer.slots]
+
+
+def restore(buffer: GradientBuffer, gradients: Sequence[Tensor | None]) -> None:
+    """Put what `gradients_so_far` returned into a buffer that a window has begun with."""
+    for slot, gradient in zip(buffer.slots, gradients, strict=True):
+        if gradient is not None:
+            slot.local.copy_(gradient)
 
 
 def checked_pending(state: Mapping[str, Any], buffer: GradientBuffer) -> Mapping[str, Any] | None:
@@ -47,23 +54,25 @@ def checked_pending(state: Mapping[str, Any], buffer: GradientBuffer) -> Mapping
     return pending
 
 
-def share_of(states: Sequence[Mapping[str, Any]], *, rank: int, world_size: int) -> Mapping[str, Any]:
+def share_of(states: Sequence[Any], *, rank: int, world_size: int) -> Mapping[str, Any]:
     """What one rank gets of the `Accumulation.state_dict`s of all ranks that saved.
 
-    With as many ranks as then, its own. Otherwise the first rank gets the sum of all gradients and all weights, and
-    the others begin with nothing, on the same scale: the window's gradient is the same.
+    With as many ranks as then, its own, or nothing if it had given that up. Otherwise the first rank gets the sum of
+    all gradients and all weights, and the others begin with nothing, on the same scale: the window's gradient is the
+    same.
 
     Args:
-        states: in the order of the ranks that saved them.
+        states: in the order of the ranks that saved them; with as many ranks as then, those of others may be None.
         rank: of the one that asks.
         world_size: number of ranks now.
 
     Raises:
         StateError: of parameters that are spread over ranks, another number of them.
     """
+    begun = [state["pending"] for state in states if state is not None and state["pending"] is not None]
     if len(states) == world_size:
-        return states[rank]
-    begun = [state["pending"] for state in states if state["pending"] is not None]
+        own = states[rank]
+        return own if own["pending"] is not None or not begun else {**own, "pending": _emptied(begun[0])}
     if not begun:
         return states[0]
     if any(pending.get("is_sharded") for pending in begun):

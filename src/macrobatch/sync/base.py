@@ -98,6 +98,9 @@ class Sync:
         """Between two micro-batches, before what the buffer has of a window is saved: what is held elsewhere comes into
         it. All ranks call it."""
 
+    def take_up(self, gradients: GradientBuffer) -> None:
+        """Between two micro-batches: the buffer has what was saved of a window, perhaps by another process."""
+
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Add up gradients and tally over ranks, and find which parameters any rank used.
 

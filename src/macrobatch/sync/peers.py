@@ -266,6 +266,11 @@ class Peers(Alone):
         params = [slot.param.detach().abs().sum(dtype=torch.float64).to(self.device) for slot in gradients.slots]
         self.check_alike({"parameters": torch.stack(params).sum(), "gradients": gradients.norm()})
 
+    def add(self, gradients: GradientBuffer) -> None:
+        """Gradients, added up over ranks."""
+        for numbers, *_ in gradients.flats:
+            dist.all_reduce(torch.view_as_real(numbers) if numbers.is_complex() else numbers, group=self.group)
+
     def add_up(self, gradients: GradientBuffer, tally: Tally | None) -> int:
         """Weights, losses and which parameters were used, for gradients that are added up already.
 

@@ -58,6 +58,7 @@ class WrappedSync(Sync):
         self._watched: list[Slot] = []
         self._hooks: list[RemovableHandle] = []
         self._seen: set[int] = set()  # parameters that an own micro-batch used
+        self._taken_up: set[int] | None = None  # parameters that the window used before it was saved
         self._is_idle_last = False
 
     def ranks(self, model: nn.Module) -> Ranks:
@@ -115,6 +116,7 @@ class WrappedSync(Sync):
         """At least one micro-batch on every rank: the reduction is in its backward."""
         assert self._peers is not None
         self._seen.clear()
+        self._taken_up = None
         self._is_idle_last = plan.repeats
         if plan.repeats:
             self._num_own = math.inf
@@ -141,12 +143,12 @@ class WrappedSync(Sync):
         if self._watches and self._watched is not gradients.slots:
             self._watch(gradients.slots)
         self._num_own = -1 if is_last and self._is_idle_last else self._num_own - 1
-        syncs = is_last or self._syncs_always
+        syncs = (is_last and self._taken_up is None) or self._syncs_always
         context = super().micro_batch(gradients, is_last=is_last) if syncs else self._model.no_sync()
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
 
     def bring_in(self, gradients: GradientBuffer) -> None:
-        """DDP leaves them in the buffer.
+        """DDP leaves them in the buffer, or in its buckets.
 
         Raises:
             NotYetError: FSDP1 keeps them to itself.
@@ -158,6 +160,13 @@ class WrappedSync(Sync):
                 expected="to be saved between two windows",
                 fix="save after an update, or shard with torch.distributed.fsdp.fully_shard",
             )
+        for slot in gradients.slots:
+            if slot.param.grad is not None and slot.param.grad is not slot.view:
+                slot.local.copy_(slot.param.grad)
+
+    def take_up(self, gradients: GradientBuffer) -> None:
+        """DDP knows nothing of them, and would leave those that are not used again to each rank."""
+        self._taken_up = {id(slot.param) for slot in gradients.slots if slot.has_moved}
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Make sums of the wrapper's means, and add up weights, losses and which parameters were used."""
@@ -166,14 +175,20 @@ class WrappedSync(Sync):
             return
         assert self._peers is not None
         assert self._model is not None
+        is_reduced = self._taken_up is None or self._syncs_always
         if self._syncs_always:
             self._syncs_always = self._runs_alike = False
         gradients.collect(adopts=True)
         if self._watches:
+            self._seen |= self._taken_up or set()
             for slot in gradients.slots:
                 slot.used = id(slot.param) in self._seen
             self._seen.clear()
-        gradients.scale_(float(self._peers.num))
+        self._taken_up = None
+        if is_reduced:
+            gradients.scale_(float(self._peers.num))
+        else:
+            self._peers.add(gradients)
         source = self._peers.add_up(gradients, tally)
         self._peers.broadcast(self._model.buffers(), source=source)
         if self._cross_check:
