@@ -34,7 +34,7 @@ __all__ = ["Autosize", "Cut", "autosized"]
 
 _PATIENCE, _MAX_PATIENCE = 16, 1024
 _MAX_TIMED, _MAX_COMPILED = 6, 3  # sizes: to compile one may take a minute
-_CLEARLY_FASTER = 0.95
+_CLEARLY_FASTER, _CLOSE = 0.95, 1.1
 _LOG = logging.getLogger("macrobatch")
 
 Expected = Callable[[Any], Mapping[str, Weight] | Weight | None]
@@ -203,11 +203,12 @@ class Autosize:
         largest = find_largest(peak_bytes, smallest=least, total=total, limit_bytes=limit)
         if not largest:
             raise _no_memory(self.auto.unit, least, None)
-        candidates = self._candidates(batch, total, least, largest)
+        nums: dict[int, int] = {}
         most = _MAX_COMPILED if isinstance(self._step.loss_fn, Compiled) else _MAX_TIMED
+        candidates = self._candidates(batch, total, least, largest, nums)
         times, size = find_fastest(seconds, largest=largest, candidates=candidates, most=most)
-        compiled_s = self._seconds_of_other(rehearsal, self._trial(batch, size))
-        is_faster = compiled_s < _CLEARLY_FASTER * times[size]
+        windows_s = {each: nums[each] * time_s for each, time_s in times.items()}
+        size, compiled_s = self._compiled(windows_s, nums, lambda size: (rehearsal, self._trial(batch, size)))
         return Survey(
             trials=[Trial(each, peaks[each], times.get(each)) for each in sorted(peaks)],
             unit=self.auto.unit,
@@ -217,9 +218,25 @@ class Autosize:
             largest=largest,
             size=size,
             reason=("the fastest of what fits" if size < total else "the fastest: all at once")
-            + ", compiled" * is_faster,
-            compiled_s=compiled_s if is_faster else None,
+            + ", compiled" * (compiled_s is not None),
+            compiled_s=compiled_s,
         )
+
+    def _compiled(
+        self, windows_s: Mapping[int, float], nums: Mapping[int, int], on_trial: Callable[[int], tuple[Rehearsal, Any]]
+    ) -> tuple[int, float | None]:
+        """The size with which a window is over soonest, and the seconds of a micro-batch of it if it is to be compiled.
+        Sizes close to the best one are compiled, unless that one does not gain by it."""
+        ranked = sorted(windows_s, key=lambda each: windows_s[each])
+        size, compiled_s = ranked[0], None
+        bound_s = _CLEARLY_FASTER * windows_s[size]
+        for each in [each for each in ranked if windows_s[each] <= _CLOSE * windows_s[size]][:_MAX_COMPILED]:
+            seconds = self._seconds_of_other(*on_trial(each))
+            if nums[each] * seconds < bound_s:
+                bound_s, size, compiled_s = nums[each] * seconds, each, seconds
+            elif compiled_s is None:
+                break
+        return size, compiled_s
 
     def _seconds_of_other(self, rehearsal: Rehearsal, micro_batch: Any) -> float:
         """Of a micro-batch, run the other way; infinite if there is none, or it cannot be trusted."""
@@ -255,15 +272,19 @@ class Autosize:
         """The least of each over ranks that run in step, as integers; None for an infinite one."""
         return [int(n) if math.isfinite(n) else None for n in self._step.sync.agree(numbers)]
 
-    def _candidates(self, batch: Any, total: int, least: int, largest: int) -> Iterator[tuple[int, int]]:
-        """Sizes, the largest first, and how many micro-batches they make of the batch: twice as many each time."""
+    def _candidates(
+        self, batch: Any, total: int, least: int, largest: int, nums: dict[int, int]
+    ) -> Iterator[tuple[int, int]]:
+        """Sizes, the largest first, and how many micro-batches they make of the batch: twice as many each time. What
+        was asked for is noted in `nums`."""
         num = -(-total // largest)
         seen: set[int] = set()
         while (size := min(max(-(-total // num), least), largest)) not in seen:
             seen.add(size)
             num_in_all = num if self.auto.lengths is None else len(self.auto.of(size).split(batch))
             (negative,) = self._agreed(-num_in_all)
-            yield size, -negative
+            nums[size] = -negative
+            yield size, nums[size]
             num *= 2
 
     def _trial(self, batch: Any, size: int) -> Any:
