@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import macrobatch as mb
 from macrobatch import tree
 from macrobatch.core.autograd import accumulation_dtype
+from macrobatch.core.tally import Tally
+from macrobatch.core.weighting import Exact
 from macrobatch.errors import ArgumentError, GradientError, LossError, NonFiniteError
 from macrobatch.testing.models import CASES
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
@@ -1321,6 +1323,18 @@ def test_trap_29_no_host_read_with_terms_counted_on_the_device():
     in_micro_steps, in_all = reads_by_phase(two_terms, nonfinite="ignore", **options)
     assert in_micro_steps == [0, 0, 0]
     assert in_all == 0
+
+
+@pytest.mark.parametrize("weight", [3, torch.tensor(3), torch.tensor(3.0)], ids=repr)
+def test_trap_29_a_weight_on_the_host_is_a_number_to_a_loss_on_the_device(weight):
+    """A tensor would have to go there, in every micro-step, and the host to wait for all that is queued before."""
+    loss = mb.Loss(torch.ones((), device="meta", requires_grad=True), weight)
+    tally = Tally(Exact(), expected=weight, guess=1.0, num_micro_batches=1)
+    tally.admit(loss, 3)
+    (term,) = tally.terms.values()
+    assert (term.weights, term.expected) == ([3.0], 3.0)
+    assert not isinstance(term.weights[0], Tensor)
+    assert not isinstance(term.scale, Tensor)
 
 
 def test_trap_29_control_a_read_in_a_micro_step_is_seen():

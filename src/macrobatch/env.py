@@ -1,6 +1,7 @@
 """The environment variables that macrobatch reads for itself, and what this machine has.
 
-Nothing else reads the environment, except for `launch`, which reads the variables of whoever started the ranks.
+Nothing else reads the environment, except for `launch`, which reads the variables of whoever started the ranks, and the
+compatible doors, which read those that their originals do, and MACROBATCH_NORMALIZE.
 """
 
 from __future__ import annotations

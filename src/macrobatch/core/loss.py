@@ -12,7 +12,7 @@ from torch import Tensor
 
 from macrobatch.errors import LossError
 
-__all__ = ["Loss", "Part", "Weight", "checked_counts", "taken_apart", "to_device", "to_host"]
+__all__ = ["Loss", "Part", "Weight", "beside", "checked_counts", "taken_apart", "to_device", "to_host"]
 
 Weight = int | float | Tensor
 """A weight known to the host, or a 0-d tensor that stays on its device."""
@@ -63,17 +63,26 @@ def taken_apart(output: Any, num_samples: int) -> dict[str, Part]:
     if isinstance(output, Tensor):  # a mean over samples
         return {"loss": Part(_checked_total(output), num_samples, num_samples)}
     if isinstance(output, Loss):
-        return {"loss": Part(_checked_total(output.total), 1.0, _checked_weight(output.weight))}
+        return {"loss": _part(output)}
     if isinstance(output, Mapping) and output and all(isinstance(term, Loss) for term in output.values()):
-        return {
-            name: Part(_checked_total(term.total), 1.0, _checked_weight(term.weight)) for name, term in output.items()
-        }
+        return {name: _part(term) for name, term in output.items()}
     raise LossError(
         "what loss_fn returned",
         given=f"{type(output).__name__}" + (f" with keys {list(output)}" if isinstance(output, Mapping) else ""),
         expected="a 0-d tensor (a mean over samples), a Loss(total, weight), or a dict of Loss terms",
         fix="return the loss tensor itself, for example model(**batch).loss, or Loss(total, num_tokens)",
     )
+
+
+def beside(tensor: Tensor, weight: Any) -> Any:
+    """A weight that is on the host as a number, if the tensor is not there: to go to it would make the host wait."""
+    is_apart = isinstance(weight, Tensor) and weight.is_cpu and not tensor.is_cpu and not weight.ndim
+    return weight.item() if is_apart else weight
+
+
+def _part(term: Loss) -> Part:
+    total = _checked_total(term.total)
+    return Part(total, 1.0, _checked_weight(beside(total, term.weight)))
 
 
 def _checked_total(total: object) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from macrobatch.core.loss import Part, Weight, checked_counts, taken_apart, to_device, to_host
+from macrobatch.core.loss import Part, Weight, beside, checked_counts, taken_apart, to_device, to_host
 from macrobatch.core.term import DIGIT, Seeds, Term, counts_of, summed
 from macrobatch.core.weighting import Constant, Exact, Normalize, Uniform
 from macrobatch.errors import LossError
@@ -321,7 +321,7 @@ class Tally:
             )
         for name, part in sorted(parts.items()):  # in one order on all ranks
             self.terms[name] = self._term(
-                counted.get(name),
+                beside(part.tensor, counted.get(name)),
                 # A power of two survives the rounding of a 16-bit loss; the correction at the close, in the
                 # gradient's precision, supplies the rest.
                 rounded=len(parts) == 1 and part.tensor.dtype in (torch.bfloat16, torch.float16),

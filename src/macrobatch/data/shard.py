@@ -45,8 +45,9 @@ def shard(
     ```
 
     Data set, collate function, workers and the other options are kept. Samplers and streams draw their random numbers
-    from `seed` and epoch instead of the global generators, and so are the same on every rank and after a resume; one
-    that has a generator of its own has to be seeded alike on every rank, and is not wound back by `load_state_dict`.
+    from `seed` and epoch instead of the global generators, and so are the same on every rank and after a resume;
+    `shuffle=True` does so with a generator, too. Another sampler that has a generator of its own has to be seeded alike
+    on every rank, and is not wound back by `load_state_dict`.
 
     Args:
         loader: a DataLoader, or another iterable that can be iterated once per epoch.
