@@ -24,6 +24,7 @@ from macrobatch.accelerate import state as states
 from macrobatch.accelerate.utils import ProjectConfiguration
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 from macrobatch.testing.scripts import run_script
+from tests.accelerate.doors import ORIGINAL, OURS, entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -731,3 +732,25 @@ def saves_on_each_node(folder: Path) -> bool:
 
 def test_one_process_of_each_machine_writes(ranks: Any, tmp_path: Path):
     assert ranks(2).run(saves_on_each_node, tmp_path) == [True, True]
+
+
+def hooked(package: str, settings: dict[str, Any], folder: Path) -> list[str]:
+    """What hooks are given to save and to load, of a model that is in DistributedDataParallel."""
+    with entered(package) as door:
+        plugin = door.utils.GradientAccumulationPlugin(num_steps=2, **settings)
+        handlers = [] if settings else [door.DistributedDataParallelKwargs()]
+        accelerator = door.Accelerator(cpu=True, gradient_accumulation_plugin=plugin, kwargs_handlers=handlers)
+        model = accelerator.prepare(nn.Linear(2, 1))
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+        seen: list[str] = []
+        accelerator.register_save_state_pre_hook(lambda models, *_: seen.extend(type(m).__name__ for m in models))
+        accelerator.register_load_state_pre_hook(lambda models, *_: seen.extend(type(m).__name__ for m in models))
+        accelerator.save_state(str(folder))
+        accelerator.load_state(str(folder))
+        return seen
+
+
+def test_hooks_get_models_without_their_wrappers(ranks: Any, tmp_path: Path):
+    runs: list[tuple[str, dict[str, Any]]] = [(ORIGINAL, {}), (OURS, {}), (OURS, {"original": True})]
+    for number, (package, settings) in enumerate(runs):
+        assert ranks(2).run(hooked, package, settings, tmp_path / str(number)) == [["Linear", "Linear"]] * 2

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,12 @@ SCRIPTS = sorted(Path(__file__).parent.glob("scripts/*.py"))
 PREFIX = re.compile(r"^(from|import) accelerate\b", flags=re.MULTILINE)
 
 
+STAYS = re.compile(r"^(import accelerate|from accelerate\.state import AcceleratorState)$", flags=re.MULTILINE)
+"""Of scripts that ask for no more than the version, and whether DeepSpeed is in use."""
+
+
 def prefixed(source: str) -> str:
-    """The whole migration."""
+    """The whole migration, where accelerate is not installed."""
     return PREFIX.sub(
         lambda found: (
             "from macrobatch.accelerate" if found[1] == "from" else "import macrobatch.accelerate as accelerate"
@@ -34,8 +40,26 @@ def prefixed(source: str) -> str:
     )
 
 
-def run(package: str, script: str, folder: str) -> list[dict[str, Any]]:
+def prefixed_where_it_trains(source: str) -> str:
+    """The whole migration, where accelerate is installed: three lines at most."""
+    lines = source.splitlines(keepends=True)
+    return "".join(line if STAYS.match(line.rstrip()) else prefixed(line) for line in lines)
+
+
+MIGRATIONS: dict[str, Callable[[str], str]] = {
+    "accelerate": str,
+    "macrobatch.accelerate": prefixed,
+    "macrobatch.accelerate, three lines": prefixed_where_it_trains,
+}
+
+
+def num_changed(source: str, migrated: str) -> int:
+    return sum(old != new for old, new in zip(source.splitlines(), migrated.splitlines(), strict=True))
+
+
+def run(migration: str, script: str, folder: str) -> list[dict[str, Any]]:
     """What the script returns for each of its lists of arguments, one after the other in one folder."""
+    package = migration.split(",")[0]
     reset(package)
     if dist.is_initialized():  # the original asks the environment, not the group
         rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
@@ -44,7 +68,7 @@ def run(package: str, script: str, folder: str) -> list[dict[str, Any]]:
     source = path.read_text(encoding="utf-8")
     module = types.ModuleType("wild_script")
     sys.modules["wild_script"] = module
-    exec(compile(source if package == "accelerate" else prefixed(source), script, "exec"), module.__dict__)
+    exec(compile(MIGRATIONS[migration](source), script, "exec"), module.__dict__)
     results = []
     try:
         for arguments in module.RUNS:
@@ -76,18 +100,49 @@ def compare(theirs: Any, ours: Any) -> None:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
+PAIRS = [
+    (script, migration)
+    for script in SCRIPTS
+    for migration in ("macrobatch.accelerate", "macrobatch.accelerate, three lines")
+    if "three" in migration or STAYS.search(script.read_text(encoding="utf-8"))
+]
+"""Where both are one and the same, it is run once."""
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_same_results(script: Path, num_ranks: int, ranks: Any, tmp_path: Path):
-    results = {}
-    for package in ("accelerate", "macrobatch.accelerate"):
-        arguments = package, str(script), str(tmp_path / package)
-        results[package] = [run(*arguments)] if num_ranks == 1 else ranks(2).run(run, *arguments)
-    theirs, ours = results.values()
+@pytest.mark.parametrize(("script", "migration"), PAIRS, ids=lambda value: getattr(value, "stem", value))
+def test_same_results(script: Path, migration: str, num_ranks: int, ranks: Any, tmp_path: Path):
+    results: list[Any] = []
+    for number, each in enumerate(("accelerate", migration)):
+        arguments = each, str(script), str(tmp_path / str(number))
+        results.append([run(*arguments)] if num_ranks == 1 else ranks(2).run(run, *arguments))
+    theirs, ours = results
     assert len(ours) == num_ranks
     for their_rank, our_rank in zip(theirs, ours, strict=True):
         for their_run, our_run in zip(their_rank, our_rank, strict=True):
             compare(their_run, our_run)
+
+
+def test_three_lines_are_the_whole_migration():
+    counts = {}
+    for script in SCRIPTS:
+        source = script.read_text(encoding="utf-8")
+        counts[script.stem] = num_changed(source, prefixed_where_it_trains(source))
+    assert max(counts.values()) == counts["diffusion"] == 3
+
+
+def test_sed_migrates_as_the_page_has_it(tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "accelerate.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ sed -E -i '(.+)' train\.py$", page, flags=re.MULTILINE)
+    source = next(script for script in SCRIPTS if script.stem == "diffusion").read_text(encoding="utf-8")
+    script = tmp_path / "train.py"
+    found = []
+    for command in commands:
+        script.write_text(source, encoding="utf-8")
+        subprocess.run(["sed", "-E", "-i", command, str(script)], check=True)
+        found.append(script.read_text(encoding="utf-8"))
+    assert found == [prefixed_where_it_trains(source), prefixed(source)]
+    assert [num_changed(source, migrated) for migrated in found] == [3, 5]
 
 
 def test_scripts_name_the_original_only_in_imports():

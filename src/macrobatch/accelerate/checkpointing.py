@@ -84,6 +84,10 @@ class Checkpoints(Processes):
         self._attendance = Attendance()
         self._is_alone = False
 
+    @property
+    def _bare_models(self) -> list[nn.Module]:  # scripts' hooks expect no wrappers
+        return [extract_model_from_parallel(model) for model in self._models]
+
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load these, too.
 
@@ -158,7 +162,7 @@ class Checkpoints(Processes):
         pending = self._gathered(own_pending)
         loaders = [loader.state_dict() for loader in self._dataloaders if hasattr(loader, "state_dict")]
         generators = self._gathered(random_states())
-        models, weights = list(self._models), [self.get_state_dict(model) for model in self._models]
+        models, weights = self._bare_models, [self.get_state_dict(model) for model in self._models]
         optimizers = [_optimizer_state(optimizer, self._models) for optimizer in self._optimizers]
         name = SAFE_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
         with self._together("save_state"), ExitStack() as stack:
@@ -203,18 +207,18 @@ class Checkpoints(Processes):
         with self._together("load_state"):
             folder = self._found(input_dir)
             saved = self._read(folder, load_kwargs or {})
-        models = list(self._models)
+        models = self._bare_models
         for hook in self._load_hooks.values():
             hook(models, str(folder))
         with self._together("load_state"):
             weights = [_read_weights(folder, index) for index in range(len(models))]
             for model, state in zip(models, weights, strict=True):
-                check_weights(extract_model_from_parallel(model), state)
+                check_weights(model, state)
         with self._together("load_state"):
             if saved.pending:
                 self._counting.load_state_dicts(saved.pending, rank=self.process_index, world_size=self.num_processes)
         for model, state in zip(models, weights, strict=True):
-            _load_weights(extract_model_from_parallel(model), state)
+            _load_weights(model, state)
         for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
             _load_optimizer(optimizer, state, self._models)
         for scheduler, state in zip(self._schedulers, saved.schedulers, strict=True):
