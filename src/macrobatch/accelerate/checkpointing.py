@@ -5,20 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.hooks import RemovableHandle
 
 from macrobatch.accelerate.attendance import Attendance, Present
@@ -26,6 +19,7 @@ from macrobatch.accelerate.counting import WindowCounting
 from macrobatch.accelerate.original import OriginalCounting
 from macrobatch.accelerate.position import check_state
 from macrobatch.accelerate.processes import Processes
+from macrobatch.accelerate.sharded_states import load_optimizer, load_weights, optimizer_state, whole_weights
 from macrobatch.accelerate.state_files import (
     by_rank,
     check_optimizer,
@@ -56,13 +50,11 @@ from macrobatch.accelerate.utils.other import (
 )
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.io import partial_folder, recover
-from macrobatch.core.autograd import gradients_aside
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 
 __all__ = ["Checkpoints"]
 
 _WINDOW_NAME = "window"
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Checkpoints(Processes):
@@ -163,7 +155,7 @@ class Checkpoints(Processes):
         loaders = [loader.state_dict() for loader in self._dataloaders if hasattr(loader, "state_dict")]
         generators = self._gathered(random_states())
         models, weights = self._bare_models, [self.get_state_dict(model) for model in self._models]
-        optimizers = [_optimizer_state(optimizer, self._models) for optimizer in self._optimizers]
+        optimizers = [optimizer_state(optimizer, self._models) for optimizer in self._optimizers]
         name = SAFE_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
         with self._together("save_state"), ExitStack() as stack:
             with self._together("save_state"):
@@ -218,9 +210,9 @@ class Checkpoints(Processes):
             if saved.pending:
                 self._counting.load_state_dicts(saved.pending, rank=self.process_index, world_size=self.num_processes)
         for model, state in zip(models, weights, strict=True):
-            _load_weights(model, state)
+            load_weights(model, state)
         for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
-            _load_optimizer(optimizer, state, self._models)
+            load_optimizer(optimizer, state, self._models)
         for scheduler, state in zip(self._schedulers, saved.schedulers, strict=True):
             scheduler.load_state_dict(state)
         for loader, state in zip(self._restorable, saved.loaders, strict=False):
@@ -264,7 +256,7 @@ class Checkpoints(Processes):
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """A model's weights, whole; of a sharded one, gathered on the host."""
         model = extract_model_from_parallel(model) if unwrap else model
-        return get_model_state_dict(model, options=_WHOLE) if model_has_dtensor(model) else model.state_dict()
+        return whole_weights(model)
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
         """Write an object to a file, on the main process (of each machine, if the project says so)."""
@@ -369,36 +361,3 @@ def _save_all(folder: Path, name: str, states: Iterable[Any]) -> None:
 def _read_weights(folder: Path, index: int) -> dict[str, Tensor]:
     safe = folder / numbered(SAFE_WEIGHTS_NAME, index)
     return load_file(safe if safe.exists() else folder / numbered(WEIGHTS_NAME, index))
-
-
-def _load_weights(model: nn.Module, state: dict[str, Any]) -> None:
-    if model_has_dtensor(model):
-        set_model_state_dict(model, state, options=_WHOLE)
-    else:
-        model.load_state_dict(state, strict=False)  # tied weights are saved once; the rest was checked
-
-
-def _optimizer_state(optimizer: Any, models: Sequence[nn.Module]) -> dict[str, Any]:
-    owner = _sharded_owner(optimizer, models)
-    if owner is None:
-        return optimizer.state_dict()
-    return get_optimizer_state_dict(owner, optimizer.optimizer, options=_WHOLE)
-
-
-def _load_optimizer(optimizer: Any, state: dict[str, Any], models: Sequence[nn.Module]) -> None:
-    owner = _sharded_owner(optimizer, models)
-    if owner is None:
-        optimizer.load_state_dict(state)
-        return
-    if not any(state["state"].values()):  # torch looks there for the device
-        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
-        return
-    with gradients_aside(owner.parameters()):  # torch makes the state that it fills by a step, if there are none
-        set_optimizer_state_dict(owner, optimizer.optimizer, state, options=_WHOLE)
-
-
-def _sharded_owner(optimizer: Any, models: Sequence[nn.Module]) -> nn.Module | None:
-    ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    own = (model for model in models if any(id(param) in ids for param in model.parameters()))
-    return next((model for model in own if model_has_dtensor(model)), None)
