@@ -40,6 +40,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,11 +62,11 @@ class Recording(TorchDispatchMode):
         with torch.no_grad():
             for tensor, value in reversed(self.before.values()):
                 tensor.detach().copy_(value)
+        self.written, self.before = [tensor for tensor, _ in self.before.values()], {}
 
     @torch.no_grad()
     def replay(self) -> None:
-        changed = tuple(tensor for tensor, _ in self.before.values())
-        with torch.autograd.grad_mode._unsafe_preserve_version_counter(changed):
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(tuple(self.written)):
             for func, args, kwargs, fresh in self.operations:
                 output = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
                 for old, new in zip(fresh, output, strict=False):

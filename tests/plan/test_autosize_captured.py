@@ -15,6 +15,7 @@ import macrobatch as mb
 from macrobatch.plan.capture import Compiled
 from macrobatch.plan.graphs import Graphs
 from macrobatch.plan.memory import HostMemory
+from macrobatch.plan.rehearsal import Rehearsal
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 from tests.plan.tape import Tape
 
@@ -165,3 +166,29 @@ def test_sizes_of_recorded_steps_are_measured_replayed_and_in_twice_the_memory()
             assert graphs._recorder.num_replays > 0
             assert graphs.num_recordings == 0, "of what was tried, nothing is kept"
     assert 0.4 * sizes["eager"] <= sizes["recorded"] <= 0.6 * sizes["eager"]
+
+
+def test_copies_of_the_gradients_that_verification_makes_are_counted():
+    """Here weights have far more numbers than a micro-batch, so they are what a window takes."""
+    peaks: dict[bool, tuple[int, int]] = {}
+    width, rows = 400, 4
+    for verifies in (False, True):
+        with HostMemory() as memory:
+            model = nn.Linear(width, width)
+            graphs = Graphs(Tape(), verifies=verifies)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step = mb.TrainStep(
+                model, optimizer, lambda model, x: model(x).square().mean(), micro_batch=rows, capture=graphs
+            )
+            x = torch.randn(3 * rows, width)
+            predicted = Rehearsal(step._step, memory, None).peak_bytes(x[:rows])
+            assert predicted is not None
+            with memory.measured() as peak:
+                for _ in range(3):
+                    step(x)
+            assert graphs.num_recordings == 1
+        peaks[verifies] = predicted, peak.num_bytes
+        # A tape keeps each result within a micro-step where a graph uses the memory again: some ten of this size.
+        assert abs(predicted - peak.num_bytes) <= 10 * rows * width * 4
+    gradient_bytes = (width + 1) * width * 4
+    assert peaks[True][1] - peaks[False][1] >= 2 * gradient_bytes, "the control: they are made"

@@ -36,6 +36,8 @@ class MicroStep:
 
     num_first = 1
     """How many of its first runs are slower than those that follow."""
+    num_copies = 0
+    """Of all gradients, that it holds at times beside a micro-batch that runs."""
 
     @property
     def keeps_memory(self) -> bool:

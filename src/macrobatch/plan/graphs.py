@@ -80,6 +80,11 @@ class Graphs(MicroStep):
         return self._num_rehearsals + 1
 
     @property
+    def num_copies(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """To be compared: gradients from before a micro-batch, and those of its replay."""
+        return 2 * self._verifies
+
+    @property
     def keeps_memory(self) -> bool:
         """A graph's memory is its own: an eager micro-batch, of a form that is new or on trial, needs as much again."""
         return Surroundings.of(self.model, self.gradients, self.device).obstacle is None

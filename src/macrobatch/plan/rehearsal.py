@@ -65,19 +65,20 @@ class Rehearsal:
         """Most memory that a forward and backward takes; None if there is not enough of it.
 
         It is measured eagerly, since a capture would keep memory of each size that is tried. A step that keeps some
-        for a capture needs it twice.
+        for a capture needs it twice, and copies of the gradients to compare.
         """
-        held = 0
+        step, held, copies = self._step, 0, 0
         try:
             with self._memory.measured() as peak, self._undone():
                 held = self._memory.held_bytes()
+                copies = step.micro_step.num_copies * sum(flat.numbers.nbytes for flat in step.gradients.flats)
                 self._run(micro_batch, self._eager, self._code, self._tally(micro_batch))
         except torch.OutOfMemoryError:
             peak = None
         if peak is None:  # what did not fit hung on the error, which is gone by now
             self._memory.release()
             return None
-        return peak.num_bytes + self._step.micro_step.keeps_memory * max(peak.num_bytes - held, 0)
+        return peak.num_bytes + step.micro_step.keeps_memory * (max(peak.num_bytes - held, 0) + copies)
 
     def seconds(self, micro_batch: Any, way: Way | None = None) -> float:
         """Least time of a few forwards and backwards, after those to warm up; infinite if memory ran out in one.
