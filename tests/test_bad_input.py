@@ -154,7 +154,7 @@ NOT_COUNTS = [0, -1, 2.5, True, NAN, "4", None, [4], torch.tensor(4)]
 NOT_LIMITS = [0, -1.0, True, NAN, INF, "1", torch.tensor(1.0), [1.0]]
 
 ARGUMENTS: list[tuple[str, Any]] = [
-    *(("micro_batch", value) for value in NOT_COUNTS),
+    *(("micro_batch", value) for value in (*NOT_COUNTS, "Auto")),
     *(("clip_norm", value) for value in NOT_LIMITS),
     *(("clip_value", value) for value in NOT_LIMITS),
     *(("normalize", value) for value in ("mean", "Exact", None, 4, mb.Constant)),
@@ -171,7 +171,8 @@ ARGUMENTS: list[tuple[str, Any]] = [
 def test_train_step_argument_out_of_domain_is_refused(name, value):
     model = Net()
     optimizer = SGD(model.parameters(), lr=0.1)
-    with assert_unchanged(model, optimizer), refused(ArgumentError, name):
+    shown = [repr(value)] if isinstance(value, str) and name != "scheduler" else []  # "4" is not to look like 4
+    with assert_unchanged(model, optimizer), refused(ArgumentError, name, *shown):
         mb.TrainStep(model, optimizer, classes, **{"micro_batch": 3, name: value})
 
 
@@ -186,7 +187,7 @@ def test_train_step_argument_out_of_domain_is_refused(name, value):
     ids=["Constant", "Rows", "Tokens"],
 )
 def test_option_that_is_no_count_is_refused(make, name, value):
-    with refused(ArgumentError, name):
+    with refused(ArgumentError, name, f"given {value!r}"):
         make(value)
 
 
@@ -311,6 +312,7 @@ BAD_BATCHES: dict[str, Callable[[], Any]] = {
     "no rows in one leaf": lambda: (torch.ones(8, 6), torch.zeros(0, dtype=torch.long)),
     "rows that disagree": lambda: (torch.ones(8, 6), torch.zeros(7, dtype=torch.long)),
     "rows that disagree, nested": lambda: {"x": [torch.ones(8, 6)], "meta": {"ids": ["a"] * 7}},
+    "lengths that differ": lambda: [torch.ones(5), torch.ones(7)],
     "iterator": lambda: iter([samples()]),
 }
 

@@ -46,14 +46,17 @@ def check_callables(model: object, loss_fn: object, count: object) -> None:
         )
     if count is not None and not callable(count):
         raise ArgumentError(
-            "count", given=count, expected="a function count(batch) or None", fix="pass a function of the macro-batch"
+            "count",
+            given=repr(count),
+            expected="a function count(batch) or None",
+            fix="pass a function of the macro-batch",
         )
 
 
 def check_flag(name: str, value: object) -> bool:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
-        raise ArgumentError(name, given=value, expected="True or False", fix=f"pass {name}=True")
+        raise ArgumentError(name, given=repr(value), expected="True or False", fix=f"pass {name}=True")
     return value
 
 
@@ -61,7 +64,7 @@ def check_sparse_grad(sparse_grad: object, model: nn.Module) -> None:
     """Refuse a model that makes sparse gradients, unless they may become dense."""
     if sparse_grad not in ("refuse", "densify"):
         raise ArgumentError(
-            "sparse_grad", given=sparse_grad, expected='"refuse" or "densify"', fix="leave it at its default"
+            "sparse_grad", given=repr(sparse_grad), expected='"refuse" or "densify"', fix="leave it at its default"
         )
     if sparse_grad == "refuse":
         refuse_sparse(model)
@@ -71,7 +74,7 @@ def check_global_batch(global_batch: object) -> None:
     """Refuse what is no number of samples."""
     if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
         raise ArgumentError(
-            "global_batch", given=global_batch, expected="an integer >= 1 or None", fix="pass global_batch=1000"
+            "global_batch", given=repr(global_batch), expected="an integer >= 1 or None", fix="pass global_batch=1000"
         )
 
 

@@ -193,7 +193,9 @@ def _plan_for(case: dict[str, Any], plot: Path | None) -> None:
     case.setdefault("micro_batch", Auto(remembers=False))
     step = TrainStep(**case)
     if not isinstance(step.split, Autosize):
-        raise ArgumentError("micro_batch", given=step.split, expected="an Auto, to be measured", fix="leave it out")
+        raise ArgumentError(
+            "micro_batch", given=repr(step.split), expected="an Auto, to be measured", fix="leave it out"
+        )
     step.split.cut(batch)
     survey = step.split.survey
     assert survey is not None

@@ -350,6 +350,7 @@ def _row_error(batch: Any) -> BatchError:
         "batch",
         given="leaves with different numbers of rows: " + ", ".join(f"{path}: {rows}" for path, rows in found.items()),
         expected="one row per sample in every leaf",
-        fix="leave what has no row per sample out of the batch and let loss_fn close over it, "
-        "or cut the micro-batches yourself and pass them to TrainStep.window",
+        fix="leave what has no row per sample out of the batch and let loss_fn close over it, pad samples of different "
+        "lengths into one tensor or pack them (docs/variable-lengths.md), or cut the micro-batches yourself and pass "
+        "them to TrainStep.window",
     )

@@ -216,7 +216,7 @@ def test_all_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tracking, "is_package_available", lambda name: name == "tensorboard")
     assert filter_trackers("all", tmp_path) == ["tensorboard", "jsonl"]
     assert filter_trackers(["all", "jsonl", Own], tmp_path) == ["tensorboard", "jsonl", Own]
-    with pytest.raises(MissingDependencyError, match=r"given wandb.*pip install wandb"):
+    with pytest.raises(MissingDependencyError, match=r"given 'wandb'.*pip install wandb"):
         filter_trackers("wandb", tmp_path)
 
 
@@ -224,13 +224,13 @@ def test_all_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.Monkey
     ("name", "advice"), [("no_such", "check the spelling"), ("comet_ml", "subclass GeneralTracker"), (3, "spelling")]
 )
 def test_what_is_no_tracker_is_refused_by_name(name: Any, advice: str):
-    with pytest.raises(ArgumentError, match=rf"log_with: given {name}.*{advice}"):
+    with pytest.raises(ArgumentError, match=rf"log_with: given '{name}'.*{advice}"):
         Accelerator(cpu=True, log_with=name)
 
 
 @pytest.mark.parametrize("name", ["jsonl", "tensorboard"])
 def test_a_folder_is_asked_for(name: str, tmp_path: Path):
-    with pytest.raises(ArgumentError, match=rf"given {name}.*pass project_dir="):
+    with pytest.raises(ArgumentError, match=rf"given '{name}'.*pass project_dir="):
         Accelerator(cpu=True, log_with=name)
     reset()
     config = ProjectConfiguration(logging_dir=tmp_path / "logs")
@@ -244,14 +244,14 @@ def test_a_class_is_asked_for_a_folder_too():
         name = "needy"
         requires_logging_directory = True
 
-    with pytest.raises(ArgumentError, match=r"given needy.*project_dir="):
+    with pytest.raises(ArgumentError, match=r"given 'needy'.*project_dir="):
         Accelerator(cpu=True, log_with=Needy)
 
 
 def test_an_unknown_tracker_is_refused_by_name(tmp_path: Path):
     accelerator = Accelerator(cpu=True, log_with="jsonl", project_dir=tmp_path)
     accelerator.init_trackers("run")
-    with pytest.raises(ArgumentError, match=r"get_tracker: given wandb; expected one of \['jsonl'\]"):
+    with pytest.raises(ArgumentError, match=r"get_tracker: given 'wandb'; expected one of \['jsonl'\]"):
         accelerator.get_tracker("wandb")
 
 

@@ -46,7 +46,7 @@ def test_window_new_is_open_and_empty():
 def test_size_not_a_positive_integer_is_refused(size):
     with pytest.raises(ArgumentError, match="window size") as caught:
         Window(size)
-    assert caught.value.given == size
+    assert caught.value.given == repr(size)
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 2.0, "4", None])

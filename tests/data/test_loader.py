@@ -13,11 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from macrobatch.data import MacroBatchLoader
 from macrobatch.data.lookahead import lookahead
 from macrobatch.data.randomness import apart
+from macrobatch.data.shard import shard
 from macrobatch.data.windows import Windows
 from macrobatch.errors import ArgumentError, BatchError, StateError
 from macrobatch.ranks import Ranks
@@ -534,6 +536,43 @@ def test_bad_options_are_refused(dataset, options, what):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")
+class Ragged(Dataset):
+    """Samples of different lengths."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"ids": torch.zeros(3 + index % 2)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("is_shard", [False, True], ids=["MacroBatchLoader", "shard"])
+def test_samples_of_different_lengths_are_refused_with_the_way_to_pad_them(is_shard, num_workers):
+    if is_shard:
+        loader = shard(DataLoader(Ragged(), batch_size=4, num_workers=num_workers))
+    else:
+        loader = MacroBatchLoader(Ragged(), 4, num_workers=num_workers)
+    kind = RuntimeError if num_workers else BatchError  # torch turns what a worker raises into the former
+    with pytest.raises(kind, match=r"given different shapes in one batch, \(3,\), \(4,\); .*variable-lengths\.md"):
+        next(iter(loader))
+
+
+def test_samples_of_different_lengths_in_a_stream_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[list[int], int]]:
+            yield [1, 2], 0
+            yield [1, 2, 3], 1
+
+    with pytest.raises(BatchError, match=r"\(2,\) and \(\), \(3,\) and \(\); .*pads them.*variable-lengths\.md"):
+        next(iter(MacroBatchLoader(Stream(), 2)))
+
+
+def test_other_errors_of_the_collation_are_torchs_own():
+    with pytest.raises(TypeError, match="default_collate"):
+        next(iter(MacroBatchLoader([object(), object()], 2)))
+
+
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ArgumentError, match="device: given"):
         MacroBatchLoader(range(4), 2, device="cuda")

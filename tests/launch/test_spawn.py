@@ -111,7 +111,7 @@ def test_a_number_of_processes_that_is_none_is_refused(num_processes):
 
 
 def test_an_unknown_start_method_is_refused():
-    with pytest.raises(ArgumentError, match="start_method: given forkserver"):
+    with pytest.raises(ArgumentError, match="start_method: given 'forkserver'"):
         spawn(operator.neg, (1,), 2, start_method="forkserver")  # pyright: ignore[reportArgumentType]
 
 

@@ -116,7 +116,9 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int | None = No
     """
     is_whole = hasattr(num_batches, "__index__") and not isinstance(num_batches, bool)
     if num_batches is not None and (not is_whole or num_batches < 0):
-        raise ArgumentError("num_batches", given=num_batches, expected="an integer >= 0", fix="pass how many were seen")
+        raise ArgumentError(
+            "num_batches", given=repr(num_batches), expected="an integer >= 0", fix="pass how many were seen"
+        )
     if not isinstance(dataloader, DataLoaderShard):
         return _skipping(dataloader, int(num_batches or 0))
     if isinstance(dataloader, DataLoaderDispatcher):

@@ -67,12 +67,14 @@ def notebook_launcher(
         if value != _MACHINES[name]:
             raise ArgumentError(
                 name,
-                given=value,
+                given=repr(value),
                 expected=f"{_MACHINES[name]!r}: ranks of this machine, started once",
                 fix="start a script with torchrun",
             )
     if mixed_precision not in ("no", "fp16", "bf16"):
-        raise ArgumentError("mixed_precision", given=mixed_precision, expected='"no", "fp16" or "bf16"', fix='"bf16"')
+        raise ArgumentError(
+            "mixed_precision", given=repr(mixed_precision), expected='"no", "fp16" or "bf16"', fix='"bf16"'
+        )
     count = (torch.cuda.device_count() or 1) if num_processes is None else num_processes
     if count != 1:
         _refuse_state("notebook_launcher")

@@ -28,7 +28,9 @@ class LocalSGD:
 
     def __init__(self, accelerator: Any, model: nn.Module, local_sgd_steps: int, enabled: bool = True) -> None:
         if type(local_sgd_steps) is not int or local_sgd_steps < 1:
-            raise ArgumentError("local_sgd_steps", given=local_sgd_steps, expected="an integer >= 1", fix="pass 8")
+            raise ArgumentError(
+                "local_sgd_steps", given=repr(local_sgd_steps), expected="an integer >= 1", fix="pass 8"
+            )
         self.accelerator = accelerator
         self.model = model
         self.local_sgd_steps = local_sgd_steps

@@ -91,9 +91,13 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
     refuse_absent(**{name: given[name] for name in _ABSENT})
     precision = given["mixed_precision"]
     if precision is not None and str(precision) not in PrecisionType.list():
-        raise ArgumentError("mixed_precision", given=precision, expected=f"one of {PrecisionType.list()}", fix='"bf16"')
+        raise ArgumentError(
+            "mixed_precision", given=repr(precision), expected=f"one of {PrecisionType.list()}", fix='"bf16"'
+        )
     if str(precision) == "fp8":
-        raise ArgumentError("mixed_precision", given=precision, expected='"no", "bf16" or "fp16"', fix='pass "bf16"')
+        raise ArgumentError(
+            "mixed_precision", given=repr(precision), expected='"no", "bf16" or "fp16"', fix='pass "bf16"'
+        )
     options = Settings(
         device_placement=given["device_placement"],
         mixed_precision=None if precision is None else str(precision),
@@ -123,7 +127,7 @@ def _kwargs(handler: KwargsHandler | None) -> dict[str, Any]:
 
 def _instance(name: str, value: Any, kind: type[Any]) -> Any:
     if value is not None and not isinstance(value, kind):
-        raise ArgumentError(name, given=value, expected=f"a {kind.__name__}", fix=f"build a {kind.__name__}")
+        raise ArgumentError(name, given=repr(value), expected=f"a {kind.__name__}", fix=f"build a {kind.__name__}")
     return value
 
 
@@ -136,7 +140,7 @@ def checked_num_steps(num_steps: object) -> int:
     if type(num_steps) is int and num_steps >= 1:
         return num_steps
     raise ArgumentError(
-        "gradient_accumulation_steps", given=num_steps, expected="an integer >= 1", fix="pass 1 not to accumulate"
+        "gradient_accumulation_steps", given=repr(num_steps), expected="an integer >= 1", fix="pass 1 not to accumulate"
     )
 
 
@@ -165,7 +169,7 @@ def _accumulation(num_steps: Any, plugin: GradientAccumulationPlugin | None) -> 
 def _loading(config: Any, split_batches: Any) -> DataLoaderConfiguration:
     config = _instance("dataloader_config", config, DataLoaderConfiguration) or DataLoaderConfiguration()
     if split_batches not in (None, False, True):
-        raise ArgumentError("split_batches", given=split_batches, expected="True or False", fix="leave it out")
+        raise ArgumentError("split_batches", given=repr(split_batches), expected="True or False", fix="leave it out")
     if split_batches:
         config.split_batches = True
     return config
@@ -198,7 +202,7 @@ def _handlers(handlers: Any) -> dict[str, KwargsHandler]:
         if name is None or name in found:
             raise ArgumentError(
                 "kwargs_handlers",
-                given=handler,
+                given=repr(handler),
                 expected=f"at most one of each of {[kind.__name__ for kind in _HANDLERS]}",
                 fix="leave it out",
             )

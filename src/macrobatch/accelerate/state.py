@@ -270,14 +270,16 @@ class AcceleratorState:
             if mixed_precision is not None and str(mixed_precision).lower() != self._mixed_precision:
                 raise ArgumentError(
                     "mixed_precision",
-                    given=mixed_precision,
+                    given=repr(mixed_precision),
                     expected=f"{self._mixed_precision!r}, as the first accelerator of this process was made with",
                     fix="construct the first one with it",
                 )
             return
         precision = (mixed_precision or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")).lower()
         if precision not in _PRECISIONS:
-            raise ArgumentError("mixed_precision", given=precision, expected=f"one of {_PRECISIONS}", fix='pass "bf16"')
+            raise ArgumentError(
+                "mixed_precision", given=repr(precision), expected=f"one of {_PRECISIONS}", fix='pass "bf16"'
+            )
         partial_state = PartialState(cpu, **kwargs)
         self._shared_state.update(
             _mixed_precision=precision, dynamo_plugin=dynamo_plugin, fsdp_plugin=fsdp_plugin, _partial=partial_state

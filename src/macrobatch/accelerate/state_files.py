@@ -226,7 +226,9 @@ def num_bytes(size: int | str) -> int:
     if type(size) is int and size > 0:
         return size
     if match is None or not int(match[1]):
-        raise ArgumentError("max_shard_size", given=size, expected='bytes > 0, or text like "500MB"', fix='"10GB"')
+        raise ArgumentError(
+            "max_shard_size", given=repr(size), expected='bytes > 0, or text like "500MB"', fix='"10GB"'
+        )
     base = 1024 if "I" in match[2] else 1000
     return int(match[1]) * base ** "BKMGT".index(match[2][0])
 

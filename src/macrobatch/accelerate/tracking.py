@@ -63,18 +63,22 @@ def filter_trackers(log_with: Any, logging_dir: Any = None) -> list[Any]:
             is_known = name in LoggerType.list()
             raise ArgumentError(
                 "log_with",
-                given=name,
+                given=repr(name),
                 expected=f"one of {list(LOGGER_TYPE_TO_CLASS)}, or a GeneralTracker",
                 fix="subclass GeneralTracker for it" if is_known else "check the spelling",
             )
         elif name not in get_available_trackers():
-            raise MissingDependencyError("log_with", given=name, expected="its package", fix=f"pip install {name}")
+            raise MissingDependencyError(
+                "log_with", given=repr(name), expected="its package", fix=f"pip install {name}"
+            )
         else:
             wanted.append(name)
     for each in wanted:
         kind = LOGGER_TYPE_TO_CLASS[each] if isinstance(each, str) else each
         if isinstance(kind, type) and kind.requires_logging_directory and logging_dir is None:
-            raise ArgumentError("log_with", given=kind.name, expected="a folder to write into", fix="pass project_dir=")
+            raise ArgumentError(
+                "log_with", given=repr(kind.name), expected="a folder to write into", fix="pass project_dir="
+            )
     return list(dict.fromkeys(wanted))
 
 
@@ -124,7 +128,7 @@ class Tracking(Processes):
             return GeneralTracker(_blank=True)
         raise ArgumentError(
             "get_tracker",
-            given=name,
+            given=repr(name),
             expected=f"one of {[tracker.name for tracker in self.trackers]}",
             fix="ask for it with log_with=, then call init_trackers",
         )

@@ -231,7 +231,7 @@ def _check_place(rank: object, world_size: object, local_rank: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < (name == "world_size"):
             raise ArgumentError(
                 f"launch's {name}",
-                given=value,
+                given=repr(value),
                 expected=f"an integer >= {int(name == 'world_size')}",
                 fix="pass it, or call launch_from_torch, which reads it from the environment",
             )
@@ -252,10 +252,12 @@ def _address(host: object, port: object) -> str:
     """
     if not isinstance(host, str) or not host.strip("[]") or any(sign in host for sign in "/ @?#"):
         raise ArgumentError(
-            "launch's host", given=host, expected="a host's name or IP address", fix='pass host="localhost"'
+            "launch's host", given=repr(host), expected="a host's name or IP address", fix='pass host="localhost"'
         )
     if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
-        raise ArgumentError("launch's port", given=port, expected="an integer from 1 to 65535", fix="pass port=29500")
+        raise ArgumentError(
+            "launch's port", given=repr(port), expected="an integer from 1 to 65535", fix="pass port=29500"
+        )
     name = host.removeprefix("[").removesuffix("]")
     try:
         is_ipv6 = ipaddress.ip_address(name).version == 6
@@ -269,5 +271,5 @@ def _checked_backend(backend: object) -> str:
     if backend == "gloo":
         return "gloo"
     if backend != "nccl":
-        raise ArgumentError("launch's backend", given=backend, expected='"nccl" or "gloo"', fix="leave it out")
+        raise ArgumentError("launch's backend", given=repr(backend), expected='"nccl" or "gloo"', fix="leave it out")
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

@@ -156,7 +156,7 @@ def make_precision(precision: object, device: torch.device) -> Precision:
         return Fp16(device.type)
     raise ArgumentError(
         "precision",
-        given=precision,
+        given=repr(precision),
         expected='"fp32" (the model\'s own dtypes), "bf16", "fp16" or a Precision object',
         fix='pass precision="bf16" for bfloat16 autocast',
     )

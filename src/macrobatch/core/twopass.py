@@ -65,7 +65,9 @@ class TwoPass:
     def __init__(self, encode: Encode, loss: Couple) -> None:
         for name, function in (("encode", encode), ("loss", loss)):
             if not callable(function):
-                raise ArgumentError(f"TwoPass.{name}", given=function, expected="a function", fix="pass a function")
+                raise ArgumentError(
+                    f"TwoPass.{name}", given=repr(function), expected="a function", fix="pass a function"
+                )
         self.encode = encode
         self.loss = loss
 

@@ -58,10 +58,15 @@ class Update:
     def __post_init__(self) -> None:
         for name, limit in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
             if limit is not None and not _is_positive(limit):
-                raise ArgumentError(name, given=limit, expected="a finite number > 0", fix="pass None not to clip")
+                raise ArgumentError(
+                    name, given=repr(limit), expected="a finite number > 0", fix="pass None not to clip"
+                )
         if self.nonfinite not in get_args(NonFinite):
             raise ArgumentError(
-                "nonfinite", given=self.nonfinite, expected=f"one of {get_args(NonFinite)}", fix='leave it at "raise"'
+                "nonfinite",
+                given=repr(self.nonfinite),
+                expected=f"one of {get_args(NonFinite)}",
+                fix='leave it at "raise"',
             )
         if self.replays and (len(self.optimizers) > 1 or self.precision.rescales):
             raise ArgumentError(

@@ -45,7 +45,9 @@ class Constant:
     def __post_init__(self) -> None:
         n: object = self.num_micro_batches
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ArgumentError("Constant", given=n, expected="an integer >= 1", fix="pass Constant(4) for loss / 4")
+            raise ArgumentError(
+                "Constant", given=repr(n), expected="an integer >= 1", fix="pass Constant(4) for loss / 4"
+            )
 
 
 Normalize = Exact | Uniform | Constant
@@ -67,7 +69,7 @@ def make_policy(normalize: object) -> Normalize:
     if normalize == "uniform":
         return Uniform()
     raise ArgumentError(
-        "normalize", given=normalize, expected='"exact", "uniform" or Constant(N)', fix='leave it at "exact"'
+        "normalize", given=repr(normalize), expected='"exact", "uniform" or Constant(N)', fix='leave it at "exact"'
     )
 
 

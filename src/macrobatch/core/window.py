@@ -60,7 +60,7 @@ class Window:
 
     def __init__(self, size: int, *, tail: Tail = "apply") -> None:
         if tail not in get_args(Tail):
-            raise ArgumentError("tail", given=tail, expected=f"one of {get_args(Tail)}", fix='pass tail="apply"')
+            raise ArgumentError("tail", given=repr(tail), expected=f"one of {get_args(Tail)}", fix='pass tail="apply"')
         self.tail: Tail = tail
         self._size = _checked_size(size)
         self._closed = False
@@ -185,7 +185,7 @@ def _checked_size(size: object) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ArgumentError(
             "window size (micro-batches per update)",
-            given=size,
+            given=repr(size),
             expected="an integer >= 1",
             fix="pass how many micro-batches one update accumulates",
         )

@@ -195,7 +195,7 @@ class MacroBatchLoader(ShareLoader):
     ) -> None:
         passed = checked_options(options, checked_device(device))
         if collate_fn is not None and not callable(collate_fn):
-            raise ArgumentError("collate_fn", given=collate_fn, expected="a function or None", fix="leave it out")
+            raise ArgumentError("collate_fn", given=repr(collate_fn), expected="a function or None", fix="leave it out")
         if isinstance(dataset, IterableDataset):
             _refuse_shuffle(shuffle)
             source: Source = Stream(dataset, global_batch, seed=seed, tail=tail, collate_fn=collate_fn, options=passed)
@@ -232,10 +232,10 @@ def checked_device(device: Any) -> torch.device | None:
         checked = torch.device(device)
     except (RuntimeError, TypeError):
         raise ArgumentError(
-            "device", given=device, expected="a torch.device, its name, or None", fix='pass device="cuda"'
+            "device", given=repr(device), expected="a torch.device, its name, or None", fix='pass device="cuda"'
         ) from None
     if checked.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device", given=checked, expected="a device of this machine", fix='pass device="cpu"')
+        raise ArgumentError("device", given=repr(checked), expected="a device of this machine", fix='pass device="cpu"')
     return checked
 
 
@@ -253,7 +253,7 @@ def checked_options(options: Mapping[str, Any], device: torch.device | None) -> 
         "in_order": "leave it out: a window's samples belong to that window",
     }
     for name in options.keys() & fixes.keys():
-        raise ArgumentError(name, given=options[name], expected="nothing: macrobatch decides it", fix=fixes[name])
+        raise ArgumentError(name, given=repr(options[name]), expected="nothing: macrobatch decides it", fix=fixes[name])
     num_workers = options.get("num_workers", 0)
     check_count("num_workers", num_workers, "processes that load samples", fix="pass num_workers=4", at_least=0)
     return {"pin_memory": device is not None and device.type == "cuda", **options}

@@ -79,7 +79,7 @@ class WindowSampler(Sampler[list[list[int]]]):
         tail: Tail = "apply",
     ) -> None:
         if not isinstance(budget, TokenBudget):
-            raise ArgumentError("budget", given=budget, expected="a TokenBudget", fix="pass TokenBudget(16384)")
+            raise ArgumentError("budget", given=repr(budget), expected="a TokenBudget", fix="pass TokenBudget(16384)")
         check_ranks(ranks)
         self.lengths = checked_lengths(lengths, budget.max_tokens)
         self.budget = budget
@@ -164,7 +164,9 @@ class WindowLoader(ShareLoader):
         **options: Unpack[Options],
     ) -> None:
         if not isinstance(sampler, WindowSampler):
-            raise ArgumentError("sampler", given=sampler, expected="a WindowSampler", fix="build one from the lengths")
+            raise ArgumentError(
+                "sampler", given=repr(sampler), expected="a WindowSampler", fix="build one from the lengths"
+            )
         if num_batches(dataset) != len(sampler.lengths):
             raise ArgumentError(
                 "dataset",
@@ -185,7 +187,7 @@ class WindowLoader(ShareLoader):
         """Refused: the windows are cut already."""
         raise ArgumentError(
             "WindowLoader.micro_batches",
-            given=micro_batch,
+            given=repr(micro_batch),
             expected="no size: the sampler has cut the windows into micro-batches",
             fix="iterate over the loader itself",
         )

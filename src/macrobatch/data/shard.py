@@ -146,7 +146,7 @@ def _refuse_tail(tail: Tail | None) -> None:
     if tail is not None:
         raise ArgumentError(
             "tail",
-            given=tail,
+            given=repr(tail),
             expected="None for a loader whose own sampler or data set decides where batches end",
             fix="leave it out, or set drop_last on the DataLoader",
         )

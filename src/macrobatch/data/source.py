@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from macrobatch import tree
+from macrobatch.data.collate import collation
 from macrobatch.data.randomness import apart, seed_of
 from macrobatch.data.windows import share
 from macrobatch.errors import BatchError
@@ -73,6 +74,7 @@ class Indexed:
         self._chunks = _Chunks()
         self._generator = torch.Generator()
         passed: dict[str, Any] = {"generator": self._generator, **options}
+        passed["collate_fn"] = collation(options.get("collate_fn"))
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._chunks, **passed)
 
     def identity(self) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset
 
 from macrobatch.core.window import Tail
+from macrobatch.data.collate import collation
 from macrobatch.data.randomness import apart
 from macrobatch.data.source import Piece, check_windows, num_batches, tell_epoch
 from macrobatch.data.windows import check_count, check_tail
@@ -73,7 +74,7 @@ class Stream:
         self._dataset = dataset
         self._order = _Order(global_batch, tail)
         self._seed = seed
-        self._collate_fn = collate_fn or default_collate
+        self._collate_fn = collation(collate_fn)
         self._options = options
         self._loader([])  # refuses wrong options now
 

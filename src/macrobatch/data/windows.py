@@ -69,7 +69,7 @@ class Windows:
         check_count("seed", self.seed, "the same on every rank", fix="pass seed=0", at_least=0)
         check_tail(self.tail)
         if not isinstance(self.shuffle, bool):
-            raise ArgumentError("shuffle", given=self.shuffle, expected="True or False", fix="pass shuffle=True")
+            raise ArgumentError("shuffle", given=repr(self.shuffle), expected="True or False", fix="pass shuffle=True")
         if self.tail == "drop" and self.num_samples < self.global_batch:
             raise ArgumentError(
                 "tail",
@@ -136,7 +136,7 @@ def check_ranks(ranks: object) -> None:
     """Refuse what is neither None nor a `Ranks` object."""
     if ranks is not None and not isinstance(ranks, Ranks):
         raise ArgumentError(
-            "ranks", given=ranks, expected="a Ranks object, or None", fix="pass Ranks(rank=0, world_size=3)"
+            "ranks", given=repr(ranks), expected="a Ranks object, or None", fix="pass Ranks(rank=0, world_size=3)"
         )
 
 
@@ -152,14 +152,14 @@ def ranks_now(ranks: Ranks | None) -> Ranks:
 def check_count(what: str, value: object, meaning: str, *, fix: str, at_least: int = 1) -> None:
     """Refuse what is not an integer >= `at_least`; True and 2.0 are not."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ArgumentError(what, given=value, expected=f"an integer >= {at_least}, {meaning}", fix=fix)
+        raise ArgumentError(what, given=repr(value), expected=f"an integer >= {at_least}, {meaning}", fix=fix)
 
 
 def check_tail(tail: object, allowed: Sequence[str] = get_args(Tail)) -> None:
     """Refuse what is not a tail policy."""
     if not isinstance(tail, str) or tail not in allowed:
         names = " or ".join(f'"{name}"' for name in allowed)
-        raise ArgumentError("tail", given=tail, expected=names, fix='pass tail="apply" for a short last window')
+        raise ArgumentError("tail", given=repr(tail), expected=names, fix='pass tail="apply" for a short last window')
 
 
 def _values(indices: Any) -> list[int]:

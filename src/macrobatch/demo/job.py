@@ -75,7 +75,7 @@ def _measure(report: DemoReport, interrupts: Interrupts) -> None:
     if options.macro_batch > digits.num_train:
         raise ArgumentError(
             "macro_batch",
-            given=options.macro_batch,
+            given=repr(options.macro_batch),
             expected=f"at most the {digits.num_train} samples of the training set",
             fix="pass macro_batch=256",
         )

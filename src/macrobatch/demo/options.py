@@ -43,12 +43,12 @@ class DemoOptions:
         if self.micro_batch > self.macro_batch:
             raise ArgumentError(
                 "micro_batch",
-                given=self.micro_batch,
+                given=repr(self.micro_batch),
                 expected=f"at most the macro_batch of {self.macro_batch}",
                 fix="pass a smaller micro_batch",
             )
         if not 0 < self.lr < 1:
-            raise ArgumentError("lr", given=self.lr, expected="a number in (0, 1)", fix="leave it at 0.005")
+            raise ArgumentError("lr", given=repr(self.lr), expected="a number in (0, 1)", fix="leave it at 0.005")
 
     @property
     def num_micro_batches(self) -> int:
@@ -58,4 +58,4 @@ class DemoOptions:
 
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(name, given=value, expected="an integer >= 1", fix=f"leave {name} at its default")
+        raise ArgumentError(name, given=repr(value), expected="an integer >= 1", fix=f"leave {name} at its default")

@@ -150,6 +150,9 @@ def _checked_nnodes(nnodes: str) -> tuple[int, int]:
     lowest, _, highest = nnodes.partition(":")
     if not lowest.isdecimal() or not (highest or lowest).isdecimal() or not 1 <= int(lowest) <= int(highest or lowest):
         raise ArgumentError(
-            "--nnodes", given=nnodes, expected='a number, or a range as in "1:4"', fix="pass --nnodes 2, for example"
+            "--nnodes",
+            given=repr(nnodes),
+            expected='a number, or a range as in "1:4"',
+            fix="pass --nnodes 2, for example",
         )
     return int(lowest), int(highest or lowest)

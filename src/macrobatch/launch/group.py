@@ -136,5 +136,5 @@ def _checked_timeout(timeout_s: object) -> timedelta | None:
     if timeout_s is None:
         return None
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-        raise ArgumentError("timeout_s", given=timeout_s, expected="seconds > 0, or None", fix="leave it out")
+        raise ArgumentError("timeout_s", given=repr(timeout_s), expected="seconds > 0, or None", fix="leave it out")
     return timedelta(seconds=timeout_s)

@@ -30,7 +30,7 @@ def first_host(hosts: str) -> str:
     if match is None or not match[1]:
         raise ArgumentError(
             "the list of hosts",
-            given=hosts,
+            given=repr(hosts),
             expected='names as in "node[01-03,7],gpu2"',
             fix="export MASTER_ADDR with the name of rank 0's host",
         )
@@ -53,7 +53,7 @@ def repeated(numbers: str) -> list[tuple[int, int]]:
     if None in matches:
         raise ArgumentError(
             "the number of tasks per node",
-            given=numbers,
+            given=repr(numbers),
             expected='numbers as in "2(x3),1"',
             fix="start the ranks with srun, which sets it",
         )

@@ -72,7 +72,7 @@ def spawn(
     arguments = tuple(args)
     num_processes = (torch.cuda.device_count() or 1) if num_processes is None else num_processes
     if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
-        raise ArgumentError("num_processes", given=num_processes, expected="an integer >= 1", fix="leave it out")
+        raise ArgumentError("num_processes", given=repr(num_processes), expected="an integer >= 1", fix="leave it out")
     _refuse_ranks()
     if num_processes == 1:
         return [function(*arguments)]
@@ -184,7 +184,9 @@ def _refuse_ranks() -> None:
 
 def _checked_method(function: Callable[..., Any], method: str) -> str:
     if method not in get_args(StartMethod):
-        raise ArgumentError("start_method", given=method, expected='"auto", "spawn" or "fork"', fix="leave it out")
+        raise ArgumentError(
+            "start_method", given=repr(method), expected='"auto", "spawn" or "fork"', fix="leave it out"
+        )
     if method == "auto":
         is_interactive = not hasattr(sys.modules["__main__"], "__file__")
         method = "fork" if function.__module__ == "__main__" and is_interactive else "spawn"

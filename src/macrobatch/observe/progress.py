@@ -63,9 +63,9 @@ def track(
     ```
     """
     if unit not in get_args(Unit):
-        raise ArgumentError("unit", given=unit, expected='"samples" or "tokens"', fix='pass unit="samples"')
+        raise ArgumentError("unit", given=repr(unit), expected='"samples" or "tokens"', fix='pass unit="samples"')
     if isinstance(refresh_s, bool) or not isinstance(refresh_s, int | float) or not refresh_s > 0:
-        raise ArgumentError("refresh_s", given=refresh_s, expected="a number > 0, in seconds", fix="pass 0.5")
+        raise ArgumentError("refresh_s", given=repr(refresh_s), expected="a number > 0, in seconds", fix="pass 0.5")
     if step is not None and not hasattr(step, "listeners"):
         raise ArgumentError("step", given=type(step).__name__, expected="a TrainStep or None", fix="pass the TrainStep")
     options.setdefault("total", _length(loader))

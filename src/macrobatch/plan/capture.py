@@ -83,7 +83,7 @@ def captured(loss_fn: LossFn, capture: object, device: torch.device) -> Captured
         return Captured(loss_fn, MicroStep(), replays=False)
     raise ArgumentError(
         "capture",
-        given=capture,
+        given=repr(capture),
         expected=f"None, one of {get_args(Capture)}, or a MicroStep such as Graphs(max_recordings=16)",
         fix="leave it out to run eagerly",
     )

@@ -69,7 +69,9 @@ class ScalingOptions:
         """The model to ask."""
         points = [_pair("--step", text, "SIZE:MILLISECONDS, for example 8:20.0") for text in self.step]
         if self.policy not in POLICIES:
-            raise ArgumentError("--policy", given=self.policy, expected=f"one of {[*POLICIES]}", fix="leave it out")
+            raise ArgumentError(
+                "--policy", given=repr(self.policy), expected=f"one of {[*POLICIES]}", fix="leave it out"
+            )
         if not all(size.is_integer() for size, _ in points):
             raise ArgumentError("--step", given=[*self.step], expected="whole sizes", fix="measure 4 and 8 samples")
         sizes = [int(size) for size, _ in points]
@@ -160,7 +162,7 @@ def _short(number: float) -> str:
 def _pair(option: str, text: str, expected: str) -> tuple[float, float]:
     match = re.fullmatch(f"{_NUMBER}:{_NUMBER}", text.strip())
     if match is None:
-        raise ArgumentError(option, given=text, expected=expected, fix=f"give {option} two numbers with a colon")
+        raise ArgumentError(option, given=repr(text), expected=expected, fix=f"give {option} two numbers with a colon")
     return float(match[1]), float(match[2])
 
 

@@ -210,7 +210,7 @@ class Training:
             ("overlap", self.overlap <= 1, "a number from 0 to 1", "pass overlap=1.0"),
         ):
             if not is_right:
-                raise ArgumentError(name, given=getattr(self, name), expected=expected, fix=fix)
+                raise ArgumentError(name, given=repr(getattr(self, name)), expected=expected, fix=fix)
 
     def window(self, link: Link, world_size: int, micro_batch: int) -> Estimate:
         """The macro-batch on so many ranks, in micro-batches of so many samples.
@@ -223,7 +223,7 @@ class Training:
         if micro_batch > self.max_micro_batch:
             raise ArgumentError(
                 "micro_batch",
-                given=micro_batch,
+                given=repr(micro_batch),
                 expected=f"at most max_micro_batch={self.max_micro_batch}",
                 fix="raise max_micro_batch, if it fits",
             )
@@ -295,12 +295,12 @@ def _is_number(value: Any) -> bool:
 def _check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
     if not _is_number(value) or value < 0 or (is_positive and value == 0):
         expected = f"a finite number {'> 0' if is_positive else '>= 0'}"
-        raise ArgumentError(name, given=value, expected=expected, fix="measure it, in seconds or bytes")
+        raise ArgumentError(name, given=repr(value), expected=expected, fix="measure it, in seconds or bytes")
 
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(name, given=value, expected="an integer >= 1", fix=f"pass {name}=8")
+        raise ArgumentError(name, given=repr(value), expected="an integer >= 1", fix=f"pass {name}=8")
 
 
 LINKS: Mapping[str, Link] = MappingProxyType(

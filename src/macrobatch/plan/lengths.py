@@ -47,7 +47,7 @@ class LengthCost:
             if not is_number or value < 0 or (is_positive and value == 0):
                 raise ArgumentError(
                     f"LengthCost.{name}",
-                    given=value,
+                    given=repr(value),
                     expected="a finite number > 0" if is_positive else "a finite number >= 0",
                     fix="leave it out, or measure it with LengthCost.fit",
                 )
@@ -61,7 +61,9 @@ class LengthCost:
             J. Kaplan et al., Scaling laws for neural language models (2020), table 1.
         """
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ArgumentError("width", given=width, expected="an integer >= 1", fix="pass the model's hidden size")
+            raise ArgumentError(
+                "width", given=repr(width), expected="an integer >= 1", fix="pass the model's hidden size"
+            )
         return cls(linear=12.0 * width, quadratic=1.0)
 
     @classmethod
@@ -115,9 +117,11 @@ class LengthCost:
         """
         for name, value in (("num_samples", num_samples), ("num_times", num_times)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(name, given=value, expected="an integer >= 1", fix=f"pass {name}=8")
+                raise ArgumentError(name, given=repr(value), expected="an integer >= 1", fix=f"pass {name}=8")
         if len(set(lengths)) < 2:
-            raise ArgumentError("lengths", given=lengths, expected="two different ones or more", fix="pass [256, 1024]")
+            raise ArgumentError(
+                "lengths", given=repr(lengths), expected="two different ones or more", fix="pass [256, 1024]"
+            )
         fastest_s = [min(_seconds(micro_step, length) for _ in range(1 + num_times)) for length in lengths]
         return cls.fit(lengths, [seconds / num_samples for seconds in fastest_s])
 

@@ -113,7 +113,7 @@ class HostMemory(TorchDispatchMode, Memory):
     def __init__(self, limit_bytes: int | None = None) -> None:
         if limit_bytes is not None and (type(limit_bytes) is not int or limit_bytes < 1):
             raise ArgumentError(
-                "limit_bytes", given=limit_bytes, expected="an integer >= 1 or None", fix="pass limit_bytes=2**30"
+                "limit_bytes", given=repr(limit_bytes), expected="an integer >= 1 or None", fix="pass limit_bytes=2**30"
             )
         super().__init__()
         self.limit_bytes = limit_bytes

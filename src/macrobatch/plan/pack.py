@@ -123,7 +123,7 @@ class TokenBudget:
             ("equal", isinstance(self.equal, bool), "True or False", "pass equal=True"),
         ):
             if not value:
-                raise ArgumentError(name, given=getattr(self, name), expected=kind, fix=fix)
+                raise ArgumentError(name, given=repr(getattr(self, name)), expected=kind, fix=fix)
 
     def pack(self, lengths: Sequence[int] | Lengths | Tensor, *, world_size: int = 1) -> Packing:
         """Divide a window's samples over ranks and micro-batches, so that no rank waits long for another.
@@ -329,4 +329,4 @@ def _num_slots(lengths: Lengths, layout: Layout) -> int:
 
 def _check_count(what: str, value: object, meaning: str, *, fix: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(what, given=value, expected=f"an integer >= 1, the {meaning}", fix=fix)
+        raise ArgumentError(what, given=repr(value), expected=f"an integer >= 1, the {meaning}", fix=fix)

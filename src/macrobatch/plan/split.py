@@ -78,7 +78,10 @@ class Tokens:
         for name, function in (("lengths", self.lengths), ("trim", self.lengths if self.trim is None else self.trim)):
             if not callable(function):
                 raise ArgumentError(
-                    f"Tokens.{name}", given=function, expected="a function of a batch", fix="see its documentation"
+                    f"Tokens.{name}",
+                    given=repr(function),
+                    expected="a function of a batch",
+                    fix="see its documentation",
                 )
 
     def split(self, batch: Any) -> list[tuple[Any, int]]:
@@ -158,9 +161,11 @@ class Auto:
     def __post_init__(self) -> None:
         fraction: Any = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise ArgumentError("memory_fraction", given=fraction, expected="a number in (0, 1]", fix="leave it at 0.9")
+            raise ArgumentError(
+                "memory_fraction", given=repr(fraction), expected="a number in (0, 1]", fix="leave it at 0.9"
+            )
         if self.memory is not None and not isinstance(self.memory, Memory):
-            raise ArgumentError("Auto.memory", given=self.memory, expected="a Memory or None", fix="leave it out")
+            raise ArgumentError("Auto.memory", given=repr(self.memory), expected="a Memory or None", fix="leave it out")
         if self.lengths is not None:
             self.of(1)
         elif self.trim is not None:
@@ -203,7 +208,7 @@ def make_split(micro_batch: object, *, autos: bool = False) -> Split | Auto:
     if is_auto or isinstance(micro_batch, Auto):
         raise ArgumentError(
             "micro_batch",
-            given="auto",
+            given=repr(micro_batch),
             expected="an integer, Rows(n) or Tokens(n, lengths=...); only a TrainStep finds its size out",
             fix="pass a number of samples that fits, for example micro_batch=16",
         )
@@ -217,4 +222,4 @@ def _is_length(value: object) -> bool:
 
 def _check_size(what: str, size: object, unit: str) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ArgumentError(what, given=size, expected=f"an integer >= 1, the {unit}", fix=f"pass {what}=16")
+        raise ArgumentError(what, given=repr(size), expected=f"an integer >= 1, the {unit}", fix=f"pass {what}=16")

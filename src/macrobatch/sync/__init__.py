@@ -53,4 +53,4 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean:
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
         return ReplicatedSync(overlap=overlaps)
-    raise ArgumentError("sync", given=sync, expected='"auto", "local" or a Sync object', fix='leave it at "auto"')
+    raise ArgumentError("sync", given=repr(sync), expected='"auto", "local" or a Sync object', fix='leave it at "auto"')

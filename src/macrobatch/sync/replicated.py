@@ -73,11 +73,14 @@ class ReplicatedSync(Sync):
     ) -> None:
         if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
             raise ArgumentError(
-                "bucket_bytes", given=bucket_bytes, expected="an integer >= 1", fix="leave it at its default"
+                "bucket_bytes", given=repr(bucket_bytes), expected="an integer >= 1", fix="leave it at its default"
             )
         if wire_dtype is not None and not getattr(wire_dtype, "is_floating_point", False):
             raise ArgumentError(
-                "wire_dtype", given=wire_dtype, expected="a floating point dtype or None", fix="pass torch.bfloat16"
+                "wire_dtype",
+                given=repr(wire_dtype),
+                expected="a floating point dtype or None",
+                fix="pass torch.bfloat16",
             )
         self._group = group
         self._bucket_bytes = bucket_bytes

@@ -127,7 +127,7 @@ def refuse_absent(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             what, way = _ARGUMENTS[name]
-            raise ArgumentError(name, given=value, expected=f"None: {what} is not part of macrobatch", fix=way)
+            raise ArgumentError(name, given=repr(value), expected=f"None: {what} is not part of macrobatch", fix=way)
 
 
 def absent(module: str, name: str) -> AttributeError | ImportError:

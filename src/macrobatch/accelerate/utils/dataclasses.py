@@ -232,7 +232,9 @@ class ProjectConfiguration:
     def __post_init__(self) -> None:
         limit: object = self.total_limit
         if limit is not None and (type(limit) is not int or limit < 1):
-            raise ArgumentError("total_limit", given=limit, expected="an integer >= 1 or None", fix="pass None for all")
+            raise ArgumentError(
+                "total_limit", given=repr(limit), expected="an integer >= 1 or None", fix="pass None for all"
+            )
         self.set_directories(self.project_dir)
 
     def set_directories(self, project_dir: Any = None) -> None:
@@ -269,7 +271,7 @@ class GradientAccumulationPlugin(KwargsHandler):
     ) -> None:
         if num_steps is not _UNSET and (type(num_steps) is not int or num_steps < 1):
             raise ArgumentError(
-                "num_steps", given=num_steps, expected="an integer >= 1", fix="pass 1 not to accumulate"
+                "num_steps", given=repr(num_steps), expected="an integer >= 1", fix="pass 1 not to accumulate"
             )
         if original and (normalize not in (_UNSET, "constant") or widens not in (_UNSET, False)):
             raise ArgumentError(
@@ -282,7 +284,9 @@ class GradientAccumulationPlugin(KwargsHandler):
         if chosen is _UNSET:
             chosen = "constant" if original else default_normalize()
         if chosen not in ("exact", "uniform", "constant"):
-            raise ArgumentError("normalize", given=chosen, expected='"exact", "uniform" or "constant"', fix='"exact"')
+            raise ArgumentError(
+                "normalize", given=repr(chosen), expected='"exact", "uniform" or "constant"', fix='"exact"'
+            )
         self.num_steps = None if num_steps is _UNSET else num_steps
         self.adjust_scheduler = True if adjust_scheduler is _UNSET else adjust_scheduler
         self.sync_with_dataloader = sync_with_dataloader

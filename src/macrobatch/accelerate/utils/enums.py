@@ -133,5 +133,5 @@ def choice(what: str, value: Any, choices: Any) -> Any:
     known: list[Any] = choices.list() if hasattr(choices, "list") else list(choices)
     text = str(getattr(value, "value", value))
     if text not in known:
-        raise ArgumentError(what, given=value, expected=f"one of {known}", fix="choose one of them")
+        raise ArgumentError(what, given=repr(value), expected=f"one of {known}", fix="choose one of them")
     return choices(text) if isinstance(choices, type) else text

@@ -72,7 +72,7 @@ def gradient_accumulation_steps_from_env() -> int | None:
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentError(name, given=text, expected="an integer >= 1", fix=f"unset {name}")
+        raise ArgumentError(name, given=repr(text), expected="an integer >= 1", fix=f"unset {name}")
     return int(text)
 
 

@@ -81,7 +81,7 @@ def find_executable_batch_size(
     """
     if type(starting_batch_size) is not int or starting_batch_size < 1:
         raise ArgumentError(
-            "starting_batch_size", given=starting_batch_size, expected="an integer >= 1", fix="pass 128"
+            "starting_batch_size", given=repr(starting_batch_size), expected="an integer >= 1", fix="pass 128"
         )
     if function is None:
         return functools.partial(

@@ -182,7 +182,7 @@ def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
         scale: factor on the result.
     """
     if reduction not in _REDUCTIONS:
-        raise ArgumentError("reduction", given=reduction, expected=f"one of {_REDUCTIONS}", fix='pass "sum"')
+        raise ArgumentError("reduction", given=repr(reduction), expected=f"one of {_REDUCTIONS}", fix='pass "sum"')
 
     def reduced(mine: Tensor) -> Tensor:
         whole = mine.clone()

@@ -27,7 +27,9 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         ArgumentError: NumPy could not take the seed; nothing was seeded.
     """
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**32:
-        raise ArgumentError("seed", given=seed, expected="an integer, 0 <= seed < 2**32", fix="pass 42, for example")
+        raise ArgumentError(
+            "seed", given=repr(seed), expected="an integer, 0 <= seed < 2**32", fix="pass 42, for example"
+        )
     if device_specific and dist.is_available() and dist.is_initialized():
         seed += dist.get_rank()
     random.seed(seed)
@@ -44,7 +46,7 @@ def synchronize_rng_state(rng_type: Any = None, generator: torch.Generator | Non
         return
     kind = str(getattr(rng_type, "value", rng_type))
     if kind not in RNGType.list():
-        raise ArgumentError("rng_type", given=rng_type, expected=f"one of {RNGType.list()}", fix='"generator"')
+        raise ArgumentError("rng_type", given=repr(rng_type), expected=f"one of {RNGType.list()}", fix='"generator"')
     if kind == "generator" and generator is None:
         raise ArgumentError("generator", given=None, expected="a torch.Generator", fix="pass the sampler's")
     if kind == "torch":

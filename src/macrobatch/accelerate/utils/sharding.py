@@ -80,12 +80,14 @@ class FullyShardedDataParallelPlugin:
     def __post_init__(self) -> None:
         if self.fsdp_version not in (None, 2):
             raise ArgumentError(
-                "fsdp_version", given=self.fsdp_version, expected="2, which does the same", fix="leave it out"
+                "fsdp_version", given=repr(self.fsdp_version), expected="2, which does the same", fix="leave it out"
             )
         self.fsdp_version = 2
         for name, (only, why) in _ONLY.items():
             if getattr(self, name) not in (None, only):
-                raise ArgumentError(name, given=getattr(self, name), expected=f"{only}: {why}", fix="leave it out")
+                raise ArgumentError(
+                    name, given=repr(getattr(self, name)), expected=f"{only}: {why}", fix="leave it out"
+                )
         self.reshard_after_forward = _reshards(self.sharding_strategy, self.reshard_after_forward)
         self.mixed_precision_policy = _policy(self.mixed_precision_policy)
         self.state_dict_type = self.state_dict_type or "SHARDED_STATE_DICT"
@@ -132,7 +134,7 @@ def _reshards(strategy: Any, reshards: Any) -> bool | None:
             return bool(str_to_bool(text))
         raise ArgumentError(
             "sharding_strategy",
-            given=value,
+            given=repr(value),
             expected=f"one of {[*_RESHARDS]}",
             fix="leave the plugin out to train replicas, or pass reshard_after_forward=",
         )

@@ -34,7 +34,7 @@ def compare_versions(library_or_version: str | Version, operation: str, requirem
     ```
     """
     if operation not in _OPERATIONS:
-        raise ArgumentError("operation", given=operation, expected=f"one of {list(_OPERATIONS)}", fix='pass ">="')
+        raise ArgumentError("operation", given=repr(operation), expected=f"one of {list(_OPERATIONS)}", fix='pass ">="')
     found = library_or_version
     if isinstance(found, str):
         found = parse(metadata.version(found))

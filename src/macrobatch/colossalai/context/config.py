@@ -63,7 +63,7 @@ class Config(dict[str, Any]):
     def update(self, config: Mapping[str, Any]) -> Config:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Take over every entry of another config; this one again."""
         if not isinstance(config, Mapping):
-            raise ConfigException("Config", given=config, expected="a dict or a Config", fix="pass a dict")
+            raise ConfigException("Config", given=repr(config), expected="a dict or a Config", fix="pass a dict")
         for key, value in config.items():
             self[key] = value
         return self

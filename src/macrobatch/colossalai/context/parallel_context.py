@@ -178,20 +178,23 @@ def read_config(config: Mapping[str, Any] | str | Path) -> Config:
     if isinstance(config, Mapping):
         return config if isinstance(config, Config) else Config(config)
     raise ConfigException(
-        "config", given=config, expected="a dict, a Config or the path of a .py file", fix="pass dict() for no features"
+        "config",
+        given=repr(config),
+        expected="a dict, a Config or the path of a .py file",
+        fix="pass dict() for no features",
     )
 
 
 def checked_seed(seed: object) -> int:
     """The seed, if all three generators take it."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ArgumentError("seed", given=seed, expected="an integer from 0 to 2**32 - 1", fix="pass seed=1024")
+        raise ArgumentError("seed", given=repr(seed), expected="an integer from 0 to 2**32 - 1", fix="pass seed=1024")
     return seed
 
 
 def _checked(mode: object) -> ParallelMode:
     if not isinstance(mode, ParallelMode):
-        raise ArgumentError("parallel_mode", given=mode, expected="a ParallelMode", fix="pass ParallelMode.DATA")
+        raise ArgumentError("parallel_mode", given=repr(mode), expected="a ParallelMode", fix="pass ParallelMode.DATA")
     return mode
 
 

@@ -58,7 +58,7 @@ class Engine:
         limit: object = clip_grad_norm
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < math.inf:
             raise ArgumentError(
-                "clip_grad_norm", given=limit, expected="a finite number >= 0", fix="pass 0.0 not to clip"
+                "clip_grad_norm", given=repr(limit), expected="a finite number >= 0", fix="pass 0.0 not to clip"
             )
         self._model = model
         self._criterion = criterion

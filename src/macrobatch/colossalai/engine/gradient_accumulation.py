@@ -227,7 +227,7 @@ class GradAccumDataloader:
         tail: Tail = "apply",
     ) -> None:
         if tail not in ("apply", "drop"):
-            raise ArgumentError("tail", given=tail, expected='"apply" or "drop"', fix='leave it at "apply"')
+            raise ArgumentError("tail", given=repr(tail), expected='"apply" or "drop"', fix='leave it at "apply"')
         self._optimizers = [] if optimizer is None else [optimizer]
         if isinstance(dataloader, GradAccumDataloader):
             self._optimizers += dataloader._optimizers

@@ -64,7 +64,7 @@ def build_gradient_handlers(
         if found is None or not issubclass(found, BaseGradientHandler):
             raise ConfigException(
                 "the config's gradient_handler",
-                given=name,
+                given=repr(name),
                 expected="the name of a subclass of BaseGradientHandler that is registered",
                 fix="write @GRADIENT_HANDLER.register_module above it, in a module that is imported; all ranks are "
                 'data parallel, so of those that come with the package, "DataParallelGradientHandler" is the one',

@@ -66,7 +66,7 @@ class DistributedLogger:
         """
         level = _checked(level)
         if mode not in ("a", "w"):
-            raise ArgumentError("log_to_file's mode", given=mode, expected='"a" or "w"', fix="leave it out")
+            raise ArgumentError("log_to_file's mode", given=repr(mode), expected='"a" or "w"', fix="leave it out")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         ending = f"_{suffix}" if suffix else ""
@@ -156,5 +156,5 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 def _checked(level: object) -> Level:
     if level not in get_args(Level):
-        raise ArgumentError("the level", given=level, expected=" or ".join(get_args(Level)), fix='pass "INFO"')
+        raise ArgumentError("the level", given=repr(level), expected=" or ".join(get_args(Level)), fix='pass "INFO"')
     return level  # pyright: ignore[reportReturnType]

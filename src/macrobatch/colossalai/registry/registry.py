@@ -64,7 +64,7 @@ class Registry:
         if module_name not in self._classes:
             raise ArgumentError(
                 f"the registry {self._name!r}",
-                given=module_name,
+                given=repr(module_name),
                 expected=f"one of {sorted(self._classes)}",
                 fix=f"write @{self._name.upper()}.register_module above your class, in a module that is imported",
             )

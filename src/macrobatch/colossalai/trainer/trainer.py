@@ -81,9 +81,11 @@ class Trainer:
         """
         for name, value, lowest in (("epochs", epochs, 0), ("test_interval", test_interval, 1)):
             if type(value) is not int or value < lowest:
-                raise ArgumentError(name, given=value, expected=f"an integer >= {lowest}", fix="pass 1")
+                raise ArgumentError(name, given=repr(value), expected=f"an integer >= {lowest}", fix="pass 1")
         if max_steps is not None and (type(max_steps) is not int or max_steps < 1):
-            raise ArgumentError("max_steps", given=max_steps, expected="an integer >= 1, or None", fix="leave it out")
+            raise ArgumentError(
+                "max_steps", given=repr(max_steps), expected="an integer >= 1, or None", fix="leave it out"
+            )
         self.max_epochs, self.max_steps = epochs, max_steps
         self._attach(hooks)
         loader = train_dataloader

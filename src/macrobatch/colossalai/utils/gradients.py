@@ -36,7 +36,7 @@ def clip_grad_norm_fp32(parameters: Tensor | Iterable[Tensor], max_norm: float, 
     ```
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm >= 0:
-        raise ArgumentError("max_norm", given=max_norm, expected="a number >= 0", fix="pass 0.0 not to clip")
+        raise ArgumentError("max_norm", given=repr(max_norm), expected="a number >= 0", fix="pass 0.0 not to clip")
     gradients = _gradients(parameters)
     if not gradients:
         return torch.tensor(0.0)

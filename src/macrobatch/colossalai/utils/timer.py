@@ -127,7 +127,10 @@ class MultiTimer:
         """
         if name not in self._timers:
             raise ArgumentError(
-                "MultiTimer", given=name, expected=f"one of {sorted(self._timers)}", fix=f"call start({name!r}) first"
+                "MultiTimer",
+                given=repr(name),
+                expected=f"one of {sorted(self._timers)}",
+                fix=f"call start({name!r}) first",
             )
         return self._timers[name]
 

@@ -123,5 +123,5 @@ def _rest(total_steps: object, warmup_steps: object) -> int:
 
 def _checked_share(pct_start: float) -> float:
     if isinstance(pct_start, bool) or not isinstance(pct_start, int | float) or not 0 <= pct_start <= 1:
-        raise ArgumentError("pct_start", given=pct_start, expected="a number from 0 to 1", fix="leave it out")
+        raise ArgumentError("pct_start", given=repr(pct_start), expected="a number from 0 to 1", fix="leave it out")
     return pct_start

@@ -61,7 +61,7 @@ class WarmupDelayerScheduler(LRScheduler):
         if not isinstance(after_scheduler, LRScheduler) or after_scheduler.optimizer is not optimizer:
             raise ArgumentError(
                 "after_scheduler",
-                given=after_scheduler,
+                given=repr(after_scheduler),
                 expected="a scheduler of the same optimizer",
                 fix="build it with the optimizer that you pass here",
             )
@@ -165,5 +165,7 @@ def checked_steps(what: str, value: object, lowest: int = 0, highest: float = ma
     """
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         bounds = f">= {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-        raise ArgumentError(what, given=value, expected=f"an integer {bounds}", fix="count optimizer steps, or epochs")
+        raise ArgumentError(
+            what, given=repr(value), expected=f"an integer {bounds}", fix="count optimizer steps, or epochs"
+        )
     return value

@@ -67,6 +67,9 @@ class MultiStepWarmupLR(WarmupScheduler):
 def _checked_milestones(milestones: Sequence[int] | None) -> list[int]:
     if not isinstance(milestones, Sequence) or not milestones:
         raise ArgumentError(
-            "milestones", given=milestones, expected="a list of steps", fix="pass milestones=[30, 60], for example"
+            "milestones",
+            given=repr(milestones),
+            expected="a list of steps",
+            fix="pass milestones=[30, 60], for example",
         )
     return [checked_steps("milestones", step) for step in milestones]

@@ -35,7 +35,7 @@ class PolynomialLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         if not end_lr >= 0:
-            raise ArgumentError("end_lr", given=end_lr, expected="a number >= 0", fix="leave it out")
+            raise ArgumentError("end_lr", given=repr(end_lr), expected="a number >= 0", fix="leave it out")
         self.total_steps = checked_steps("total_steps", total_steps, 1)
         self.end_lr = end_lr
         self.power = power

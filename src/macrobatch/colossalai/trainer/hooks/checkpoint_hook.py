@@ -34,7 +34,7 @@ class SaveCheckpointHook(BaseHook):
     ) -> None:
         super().__init__(priority)
         if type(interval) is not int or interval < 1:
-            raise ArgumentError("interval", given=interval, expected="an integer >= 1", fix="pass 1")
+            raise ArgumentError("interval", given=repr(interval), expected="an integer >= 1", fix="pass 1")
         if checkpoint_dir is None:
             raise ArgumentError("checkpoint_dir", given=None, expected="a file or a folder", fix="pass one")
         self.interval = interval

@@ -49,7 +49,7 @@ class _EveryFewEpochs(BaseHook):
     def __init__(self, logger: Any, interval: int = 1, priority: int = 10) -> None:
         super().__init__(priority)
         if type(interval) is not int or interval < 1:
-            raise ArgumentError("interval", given=interval, expected="epochs, an integer >= 1", fix="pass 1")
+            raise ArgumentError("interval", given=repr(interval), expected="epochs, an integer >= 1", fix="pass 1")
         self.logger = logger
         self.interval = interval
 
