@@ -49,10 +49,12 @@ def path_of(script: str) -> Path:
     return Path(spec.origin).parent / "test_utils" / "scripts" / f"{script}.py"
 
 
-def loaded(script: str) -> Any:
-    """The script as a module, on ours."""
+def loaded(script: str, *, originally: bool = False) -> Any:
+    """The script as a module, on ours; its plugins may count as the original's do."""
     source = path_of(script).read_text(encoding="utf-8")
     source = re.sub(r"^(\s*from) accelerate\b(?!\.test_utils)", r"\1 macrobatch.accelerate", source, flags=re.MULTILINE)
+    if originally:
+        source = source.replace("GradientAccumulationPlugin(", "GradientAccumulationPlugin(original=True, ")
     module = ModuleType(script)
     exec(compile(source, str(path_of(script)), "exec"), vars(module))
     assert "macrobatch.accelerate" in source
@@ -88,15 +90,16 @@ def loaders(module: Any) -> list[DataLoader[Any]]:
     ]
 
 
-def run(script: str, name: str) -> int:
+def run(script: str, name: str, originally: bool = False) -> int:
     """Run a check with all its switches; returns how often."""
     with entered(OURS) as door:
-        os.environ.update(ENVIRONMENT.get(script, {}), ACCELERATE_USE_CPU="1")
-        module = loaded(script)
+        os.environ.update({} if originally else ENVIRONMENT.get(script, {}), ACCELERATE_USE_CPU="1")
+        module = loaded(script, originally=originally)
         check = getattr(module, name)
         parameters = list(inspect.signature(check).parameters)
         values: dict[str, list[Any]] = {
             **SWITCHES,
+            "sync_each_batch": [False, True] if originally else SWITCHES["sync_each_batch"],
             "data_loader": loaders(module) if "data_loader" in parameters else [],
         }
         combinations = list(itertools.product(*(values.get(each, [None]) for each in parameters)))
@@ -105,7 +108,8 @@ def run(script: str, name: str) -> int:
             if "state" in given:
                 given["state"] = door.PartialState()
             elif "accelerator" in given:
-                given["accelerator"] = door.Accelerator()
+                plugin = door.GradientAccumulationPlugin(original=originally)
+                given["accelerator"] = door.Accelerator(gradient_accumulation_plugin=plugin)
             torch.manual_seed(0)  # as in processes that have just begun, alike on all ranks
             check(**given)
             door.state.AcceleratorState._reset_state()
@@ -121,8 +125,15 @@ def test_on_two_ranks(ranks: Any, script: str, name: str):
     assert min(ranks(2).run(run, script, name)) >= 1
 
 
-def test_no_sync_in_one_process():
-    assert run("test_sync", "test_noop_sync") == 1
+@pytest.mark.parametrize("name", [name for script, name in CHECKS if script == "test_sync"])
+def test_counted_as_in_the_original(ranks: Any, name: str):
+    counts = ranks(2).run(run, "test_sync", name, True)
+    assert counts == [8 if name.startswith("test_gradient_accumulation") else 1] * 2
+
+
+@pytest.mark.parametrize("originally", [False, True])
+def test_no_sync_in_one_process(originally: bool):
+    assert run("test_sync", "test_noop_sync", originally) == 1
 
 
 def test_whatever_is_not_run_is_there():
