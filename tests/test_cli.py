@@ -438,8 +438,9 @@ def test_plan_of_a_model_shows_what_was_tried_and_chosen(command, tmp_path, case
     chosen = re.search(r"^micro_batch=(\d+)$", out, flags=re.MULTILINE)
     assert chosen is not None
     assert 1 <= int(chosen[1]) <= 20
-    row = next(line for line in out.splitlines() if "chosen:" in line)
-    assert row.split()[1] == chosen[1]
+    row = next(line for line in out.splitlines() if "chosen" in line)
+    assert row.split()[0] == chosen[1]
+    assert re.search(r"^chosen: \w+", out, flags=re.MULTILINE)  # and why
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -20,6 +20,7 @@ import macrobatch as mb
 from macrobatch.core.events import Event
 from macrobatch.errors import ArgumentError
 from macrobatch.observe import progress
+from macrobatch.observe.progress import open_bar
 
 ALWAYS_S = 1e-9  # less than any clock can tell: the bar is refreshed after every window
 NEVER_S = 1e9
@@ -194,6 +195,56 @@ def test_bar_shows_the_last_state_at_the_end(clock: Clock, unit, end):
     (text,) = shown(file)
     assert len(losses) == (3 if end == "loader" else 2)
     assert (text["loss"], text["rate"], text["unit"]) == (losses[-1], "2", unit)
+
+
+# --- terminals and files ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminals_bar_is_written_over(clock: Clock):
+    step, file = make_step(), Terminal()
+    for batch in mb.track(batches(3), step, file=file, refresh_s=ALWAYS_S):
+        step(batch)
+        clock.now_s += 1
+    assert file.getvalue().count("\r") > 3
+    assert file.getvalue().count("\n") == 1
+    assert "100%" in file.getvalue()
+
+
+def test_a_file_gets_plain_lines(clock: Clock):
+    """One for each refresh, and one at the end: no carriage return, no escape sequence, no bar, no empty line."""
+    step, file = make_step(), io.StringIO()
+    for batch in mb.track(batches(3), step, file=file, desc="epoch 1", refresh_s=1.5):
+        step(batch)
+        clock.now_s += 1
+    lines = file.getvalue().splitlines()
+    assert [line.partition(" [")[0] for line in lines] == ["epoch 1: 2/3", "epoch 1: 3/3"]
+    assert all("loss=" in line and line.isprintable() and "|" not in line for line in lines)
+
+
+@pytest.mark.parametrize(("make", "num_looks"), [(Terminal, 3), (io.StringIO, 1)], ids=["terminal", "file"])
+def test_looks_are_rare_without_a_terminal(clock: Clock, make, num_looks):
+    step, file = make_step(nonfinite="ignore"), make()
+    with Reads() as reads:
+        for batch in mb.track(batches(3), step, file=file):
+            step(batch)
+            clock.now_s += 11
+    assert len(shown(file)) == num_looks
+    assert reads.num == 2 * num_looks  # the losses of two micro-batches
+
+
+def test_bars_within_bars_are_lines_too():
+    file = io.StringIO()
+    for _ in mb.track(batches(2), file=file, desc="outer"):
+        for _ in open_bar(batches(2), file=file, desc="inner"):
+            pass
+    lines = file.getvalue().splitlines()
+    assert [line.partition(" [")[0] for line in lines] == ["inner: 2/2", "inner: 2/2", "outer: 2/2"]
+    assert all(map(str.isprintable, lines))
 
 
 # --- counting ---
@@ -492,7 +543,7 @@ def test_unit_unknown_is_refused_at_the_call(unit):
         mb.track(batches(1), unit=unit)
 
 
-@pytest.mark.parametrize("refresh_s", [0, -1, "soon", None, True, float("nan")])
+@pytest.mark.parametrize("refresh_s", [0, -1, "soon", True, float("nan")])
 def test_refresh_out_of_domain_is_refused_at_the_call(refresh_s):
     with pytest.raises(ArgumentError, match="refresh_s"):
         mb.track(batches(1), refresh_s=refresh_s, file=io.StringIO())

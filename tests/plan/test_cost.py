@@ -19,6 +19,8 @@ from macrobatch.cli import main
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.command import POLICIES, ScalingOptions, draw_scaling, print_scaling
 from macrobatch.plan.cost import LINKS, Link, StepTime, Training
+from macrobatch.plan.picture import print_survey
+from macrobatch.plan.survey import Survey, Trial
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FREE = Link(1e30, 0.0)
@@ -270,6 +272,31 @@ def test_table_has_a_row_for_each_link_and_world():
     lines = [line for line in written.getvalue().splitlines() if "400g" in line or "2e9:1e-5" in line]
     assert len(lines) == 6
     assert all("100.0%" in line for line in (lines[0], lines[3]))
+
+
+def test_tables_are_whole_in_80_columns():
+    """Nothing is cut off, and no number needs an exponent, also where there are many."""
+    written = io.StringIO()
+    world, link = [1, 8, 100_000], ["nvlink", "50e9:5e-6"]
+    options = dataclasses.replace(OPTIONS, world=world, link=link, global_batch=65_536)
+    print_scaling(options, Console(width=80, file=written))
+    trials = [Trial(2, 10**9), Trial(500, 10**11, 1e-3), Trial(100_000, None)]
+    survey = Survey(
+        trials=trials,
+        unit="samples",
+        total=100_000,
+        limit_bytes=141 * 10**9,
+        reserved_bytes=10**10,
+        largest=500,
+        size=500,
+        reason="the fastest of what fits, which is a long reason",
+    )
+    print_survey(survey, Console(width=80, file=written))
+    text = written.getvalue()
+    assert "…" not in text
+    assert "e+" not in text
+    for whole in ("ciency", "samples/s", "100,000", "500,000", "141,000 MB", "over the limit", survey.reason):
+        assert whole in text
 
 
 def test_picture_is_drawn(tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
 
 from macrobatch.demo.data import Digits, load_digits, make_loader
 from macrobatch.demo.interrupt import Interrupts
@@ -23,6 +22,7 @@ from macrobatch.demo.record import GradientError, Recorder, TrainingRecord
 from macrobatch.demo.report import DemoReport, make_table, verdict
 from macrobatch.demo.train import loss_fn, make_model, train_full_batch, train_macrobatch, train_textbook
 from macrobatch.errors import ArgumentError, MissingDependencyError
+from macrobatch.observe.progress import open_bar
 
 __all__ = ["run"]
 
@@ -94,7 +94,7 @@ def _measure(report: DemoReport, interrupts: Interrupts) -> None:
 def _check_gradients(recorder: Recorder, seed: int, interrupts: Interrupts) -> None:
     """Compare what the optimizer saw with the full batch in fp64."""
     reference = FullBatchReference(make_model(seed), loss_fn)
-    for window in tqdm(recorder.windows_seen, desc=f"{recorder.record.name} against fp64", unit="window"):
+    for window in open_bar(recorder.windows_seen, desc=f"{recorder.record.name} against fp64"):
         error = relative_error(window.gradient_P, reference.gradient(window.weights_P, window.batch))
         recorder.record.gradient_errors.append(
             GradientError(update=window.update, num_samples=len(window.batch[1]), relative_error=error)

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from tqdm import tqdm
 
 import macrobatch as mb
 from macrobatch.demo.data import Digits, make_loader
 from macrobatch.demo.model import DigitResNet
 from macrobatch.demo.options import DemoOptions
 from macrobatch.demo.record import Recorder
+from macrobatch.observe.progress import open_bar
 
 __all__ = ["loss_fn", "make_model", "textbook_backward", "train_full_batch", "train_macrobatch", "train_textbook"]
 
@@ -61,7 +61,7 @@ def train_full_batch(digits: Digits, options: DemoOptions, recorder: Recorder) -
     loader = make_loader(digits, options)
     model = make_model(options.seed)
     optimizer, scheduler = make_optimizer(model, options, len(loader))
-    for batch in tqdm(loader, desc="full batch", unit="window"):
+    for batch in open_bar(loader, desc="full batch"):
         with recorder.window(model, batch) as window:
             optimizer.zero_grad()
             loss = loss_fn(model, batch)
@@ -76,7 +76,7 @@ def train_textbook(digits: Digits, options: DemoOptions, recorder: Recorder) -> 
     loader = make_loader(digits, options)
     model = make_model(options.seed)
     optimizer, scheduler = make_optimizer(model, options, len(loader))
-    for batch in tqdm(loader, desc="textbook", unit="window"):
+    for batch in open_bar(loader, desc="textbook"):
         with recorder.window(model, batch) as window:
             optimizer.zero_grad()
             window.loss = textbook_backward(model, batch, options)

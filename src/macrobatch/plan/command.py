@@ -15,7 +15,7 @@ from rich.table import Table
 
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.cost import LINKS, Link, StepTime, Training
-from macrobatch.plan.picture import new_figure
+from macrobatch.plan.picture import TABLE, new_figure
 from macrobatch.sync import Policy
 
 __all__ = ["POLICIES", "ScalingOptions", "draw_scaling", "print_scaling"]
@@ -90,11 +90,21 @@ def print_scaling(options: ScalingOptions, console: Console) -> None:
     training, links = options.training(), options.links()
     table = Table(
         title=f"A macro-batch of {training.global_batch:,} samples",
-        caption=f"{_subject(options, training)}\nefficiency: of the speed of one rank, times their number",
+        caption=f"{_subject(options, training)}\nwaits: part of the window in which nothing but communication goes on\n"
+        "efficiency: of the speed of one rank, times their number",
+        **TABLE,
     )
-    table.add_column("link")
-    for name in ("ranks", "micro-batch", "micro-batches", "window, ms", "waits, ms", "samples/s", "efficiency"):
-        table.add_column(name, justify="right")
+    table.add_column("link", vertical="bottom")
+    for name in (
+        "ranks",
+        "micro-\nbatch,\nsamples",
+        "micro-\nbatches\nper rank",
+        "window,\nms",
+        "waits,\nms",
+        "samples/s",
+        "effi-\nciency",
+    ):
+        table.add_column(name, justify="right", vertical="bottom")
     for name, link in links.items():
         for world_size in options.world:
             best = training.best(link, world_size)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from macrobatch.errors import MissingDependencyError
 from macrobatch.plan.survey import Survey, memory_line
 
-__all__ = ["draw_survey", "new_figure", "print_survey"]
+__all__ = ["TABLE", "draw_survey", "new_figure", "print_survey"]
+
+TABLE: Mapping[str, Any] = MappingProxyType({"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)})
+"""How a table looks that is to have room for its columns in 80 characters."""
 
 _BLUE, _ORANGE, _INK, _FAINT = "#0072b2", "#d55e00", "#222222", "#dddddd"
 
@@ -23,27 +29,35 @@ def print_survey(survey: Survey, console: Console) -> None:
     limit = "unknown" if survey.limit_bytes is None else _megabytes(survey.limit_bytes)
     table = Table(
         title=f"A macro-batch of {survey.total:,} {survey.unit}",
-        caption=f"limit {limit} MB, with {_megabytes(survey.reserved_bytes)} MB kept for the optimizer's state; "
-        f"memory {fixed / 1e6:,.4g} MB + {slope / 1e3:,.4g} kB for each of the {survey.unit}",
+        caption=f"limit {limit} MB, with {_megabytes(survey.reserved_bytes)} MB kept for the optimizer's state\n"
+        f"memory {_readable(fixed / 1e6)} MB + {_readable(slope / 1e3)} kB for each of the {survey.unit}",
+        **TABLE,
     )
-    for name in (survey.unit, "peak, MB", "micro-step, ms", f"{survey.unit}/s", "window, ms"):
-        table.add_column(name, justify="right")
+    for name in (
+        f"micro-batch,\n{survey.unit}",
+        "peak,\nMB",
+        "micro-step,\nms",
+        f"{survey.unit}/s",
+        "window,\nms",
+    ):
+        table.add_column(name, justify="right", vertical="bottom")
     table.add_column("")
     for trial in survey.trials:
         is_over = trial.peak_bytes is None or trial.peak_bytes > (survey.limit_bytes or trial.peak_bytes)
-        remark = "over the limit" if is_over else f"chosen: {survey.reason}" if trial.size == survey.size else ""
+        remark = "over the limit" if is_over else "chosen" if trial.size == survey.size else ""
         times = ["", "", ""]
         if trial.seconds:
             num = -(-survey.total // trial.size)
             times = [
-                f"{trial.seconds * 1e3:,.3g}",
-                f"{trial.size / trial.seconds:,.4g}",
-                f"{num * trial.seconds * 1e3:,.4g}",
+                _readable(trial.seconds * 1e3),
+                _readable(trial.size / trial.seconds),
+                _readable(num * trial.seconds * 1e3),
             ]
         peak = "-" if trial.peak_bytes is None else _megabytes(trial.peak_bytes)
         style = "bold green" if trial.size == survey.size else None
         table.add_row(f"{trial.size:,}", peak, *times, remark, style=style)
     console.print(table)
+    console.print(f"chosen: {survey.reason}", highlight=False)
     console.print(f"micro_batch={survey.size}", style="bold", highlight=False)
 
 
@@ -98,4 +112,9 @@ def draw_survey(survey: Survey, path: Path) -> None:
 
 
 def _megabytes(number: int) -> str:
-    return f"{number / 1e6:,.4g}"
+    return _readable(number / 1e6)
+
+
+def _readable(number: float) -> str:
+    """Three digits or more, without an exponent for large numbers."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
