@@ -92,7 +92,7 @@ def micro_steps(folder: str, what: str) -> list[Tensor]:
     """Weights after three windows of three micro-batches, with an optimizer that has no state.
 
     To "save" ends in the third one; to "resume" goes on from there; "fails" raises in its second micro-batch, and
-    "empty" has no samples in its first two.
+    "empty" has no samples in its first two. "fails and saves" raises in a fourth window, and saves what is left of it.
     """
     with entered(OURS) as door:
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ def micro_steps(folder: str, what: str) -> list[Tensor]:
         )
         model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        micro_batches = torch.randn(9, 4, 3, 2)[:, accelerator.process_index]
+        micro_batches = torch.randn(11, 4, 3, 2)[: 11 if "saves" in what else 9, accelerator.process_index]
         if what == "resume":
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # the checkpoint's counts
@@ -111,12 +111,12 @@ def micro_steps(folder: str, what: str) -> list[Tensor]:
                 continue
             rows = x[:0] if what == "empty" and index in (6, 7) else x
             with suppress(KeyError), accelerator.accumulate(model):
-                if what == "fails" and index == 7:
+                if "fails" in what and index == (10 if "saves" in what else 7):
                     raise KeyError
                 accelerator.backward(model(rows).square().sum(), weight=len(rows))
                 optimizer.step()
                 optimizer.zero_grad()
-            if what == "save" and index == 6:
+            if (what, index) in (("save", 6), ("fails and saves", 10)):
                 accelerator.save_state(folder)
                 break
         return list(accelerator.get_state_dict(model).values()) if what != "save" else []
@@ -127,6 +127,46 @@ def test_an_optimizer_without_state_goes_on(ranks: Any, tmp_path: Path):
     ranks(2).run(micro_steps, str(tmp_path), "save")
     resumed = ranks(2).run(micro_steps, str(tmp_path), "resume")[0]
     torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)  # sums in another order, as above
+
+
+def saved_at_once(folder: str, saves: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights after three updates of an optimizer that counts them: trained on, and gone on with. Saved before the
+    first one, and after an evaluation, which may leave parameters whole."""
+    with entered(OURS) as door:
+        weights: list[list[Tensor]] = []
+        for loads in (False, True):
+            torch.manual_seed(0)
+            accelerator = door.Accelerator(cpu=True, fsdp_plugin=door.FullyShardedDataParallelPlugin())
+            model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+            optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+            model, optimizer = accelerator.prepare(model, optimizer)
+            micro_batches = torch.randn(4, 3, 2)
+            for index, x in enumerate(micro_batches):
+                if index in (0, 3) and saves:
+                    with torch.no_grad():
+                        model(x)
+                    if not loads:
+                        accelerator.save_state(f"{folder}/{index}")
+                    elif index == 0:
+                        accelerator.load_state(f"{folder}/{index}")
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(x).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            weights.append(list(accelerator.get_state_dict(model).values()))
+        return weights[0], weights[1]
+
+
+def test_to_save_changes_nothing_of_an_optimizer_that_is_new(ranks: Any, tmp_path: Path):
+    (whole, _), _ = ranks(2).run(saved_at_once, str(tmp_path), False)
+    (saved, resumed), _ = ranks(2).run(saved_at_once, str(tmp_path), True)
+    torch.testing.assert_close(saved, whole, rtol=0, atol=1e-6)  # sums in another order, as above
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)
+
+
+def test_a_window_of_which_nothing_is_left_is_saved(ranks: Any, tmp_path: Path):
+    expected, found = (ranks(2).run(micro_steps, str(tmp_path), what)[0] for what in ("train", "fails and saves"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def refused(folder: str) -> str:

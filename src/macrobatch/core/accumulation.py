@@ -325,8 +325,9 @@ class Accumulation:
         self.is_inside = self.is_inside and not self.is_final
         self.settle()
         pending = None
-        if self._tally is not None and self.is_pending:
-            self.sync.bring_in(self.gradients)
+        is_begun = self._tally is not None and self.is_pending
+        self.sync.bring_in(self.gradients, keeps=is_begun)
+        if self._tally is not None and is_begun:
             pending = {
                 "tally": self._tally.state_dict(),
                 "is_weighted": self._is_weighted,

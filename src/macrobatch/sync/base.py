@@ -94,9 +94,13 @@ class Sync:
         """Context of one micro-batch."""
         return _NOTHING
 
-    def bring_in(self, gradients: GradientBuffer) -> None:
-        """Between two micro-batches, before what the buffer has of a window is saved: what is held elsewhere comes into
-        it. All ranks call it."""
+    def bring_in(self, gradients: GradientBuffer, *, keeps: bool) -> None:
+        """Between two micro-batches, before parameters and buffer are saved: what is held elsewhere comes into them.
+        All ranks call it.
+
+        Args:
+            keeps: what there is of a window; else there is none, or it was given up.
+        """
 
     def take_up(self, gradients: GradientBuffer) -> None:
         """Between two micro-batches: the buffer has what was saved of a window, perhaps by another process."""

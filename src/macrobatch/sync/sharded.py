@@ -173,9 +173,7 @@ class ShardedSync(Sync):
         longest = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
         if plan.num_micro_batches is None:
             return plan
-        if self._is_unfinished:
-            forget(self._modules)
-            self._is_unfinished = False
+        self._forget()
         if plan.repeats:
             self._be_ready()
         self._num_own = plan.num_micro_batches if longest > plan.num_micro_batches else math.inf
@@ -193,9 +191,12 @@ class ShardedSync(Sync):
         context = super().micro_batch(gradients, is_last=is_last)
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
 
-    def bring_in(self, gradients: GradientBuffer) -> None:
+    def bring_in(self, gradients: GradientBuffer, *, keeps: bool) -> None:
         """Reduce what the policy holds whole, and reshard parameters that it keeps: as in the last backward, in which
         nothing arrives. The sum is the same, but for the order of its roundings."""
+        if not keeps:
+            self._forget()
+            return
         self._set_for(is_last=True)
         roots = [state for state in map(_state_of, self._modules) if state._is_root]
         for state in roots:
@@ -234,6 +235,12 @@ class ShardedSync(Sync):
             self._line.end()
         with suppress(Again):
             self._peers.add_up(gradients, None)
+
+    def _forget(self) -> None:
+        """What is left of a window that has failed, or was given up."""
+        if self._is_unfinished:
+            forget(self._modules)
+        self._is_unfinished = False
 
     def _set_for(self, *, is_last: bool) -> None:
         for module in self._modules:

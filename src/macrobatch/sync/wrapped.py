@@ -147,13 +147,13 @@ class WrappedSync(Sync):
         context = super().micro_batch(gradients, is_last=is_last) if syncs else self._model.no_sync()
         return context if self._num_own >= 0 else sparing_buffers(self._model, context)
 
-    def bring_in(self, gradients: GradientBuffer) -> None:
+    def bring_in(self, gradients: GradientBuffer, *, keeps: bool) -> None:
         """DDP leaves them in the buffer, or in its buckets.
 
         Raises:
             NotYetError: FSDP1 keeps them to itself.
         """
-        if isinstance(self._model, FullyShardedDataParallel):
+        if keeps and isinstance(self._model, FullyShardedDataParallel):
             raise NotYetError(
                 "a window under way",
                 given="gradients that FSDP1 keeps to itself until the last micro-batch",

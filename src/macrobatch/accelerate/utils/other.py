@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,8 +40,9 @@ def is_compiled_module(module: nn.Module) -> bool:
 
 
 def model_has_dtensor(model: nn.Module) -> bool:
-    """Whether its parameters are spread over ranks."""
-    return any(isinstance(param, DTensor) for param in model.parameters())
+    """Whether its parameters are spread over ranks, also where they have been gathered for now."""
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    return is_sharded or any(isinstance(param, DTensor) for param in model.parameters())
 
 
 def extract_model_from_parallel(
