@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ from macrobatch.core.tally import Tally
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.memory import HostMemory
 from macrobatch.sync import Policy, ShardedSync, WrappedSync
+from macrobatch.sync.realign import Realigned, _Comm, _groups_in  # pyright: ignore[reportPrivateUsage]
 from tests.sync.windows import Collectives
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -228,6 +229,58 @@ def test_memory_may_run_out_again_and_again_in_one_window(ranks, victims, policy
     for num, problems in pool.run(again_and_again, partial(sharded, policy, "plain"), victims, 13):
         assert num > 20
         assert problems == []
+
+
+class Anew(ShardedSync):
+    """Stands in front of FSDP2's collectives again for every step, whoever stands there already."""
+
+    def _be_ready(self) -> None:
+        self._line = self._line or Realigned(self._modules)
+        super()._be_ready()
+
+
+def taking_turns(policy: str, fails_at: int, strategy: type[ShardedSync]) -> tuple[list[bytes], int, set[int]]:
+    """Three steps with one model run two windows each, in turn. Returns the state, how many windows were run again, and
+    how many stand in front of FSDP2's collectives."""
+    is_cut, size = fails_at < 0, 16
+    torch.manual_seed(1)
+    layers = [nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(0.2), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4)]
+    model, _ = sharded(policy, "plain", nn.Sequential(*layers))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    steps: list[mb.TrainStep] = []
+    for _ in range(3):
+        options: Any = {"micro_batch": 1} if is_cut else {"micro_batch": mb.Auto()}
+        capture, sync = Failing((fails_at,), size), strategy(policy=POLICIES[policy])
+        steps.append(mb.TrainStep(model, optimizer, loss_fn, sync=sync, capture=capture, **options))
+    is_victim = dist.get_rank() == 0
+    given = [8, 2 * size] if is_victim else [4, 12]
+    num_again = 0
+    for step in steps * 2:
+        num_run = step.window(batches(cut(given, size) if is_cut else given)).num_micro_batches
+        num_again += num_run > len(given)
+    tensors = [*model.state_dict().values(), torch.get_rng_state()]
+    state = [(t.to_local() if isinstance(t, DTensor) else t).numpy().tobytes() for t in tensors]
+    groups = _groups_in(module for module in model.modules() if isinstance(module, FSDPModule))
+    comms = [comm for group in groups for comm in (group._all_gather_comm, group._reduce_scatter_comm)]
+    return state, num_again, {depth(comm) for comm in comms}
+
+
+def depth(comm: Any) -> int:
+    return 1 + depth(comm.inner) if isinstance(comm, _Comm) else 0
+
+
+@pytest.mark.parametrize("policy", ["reshard-each", "keep-last"])
+def test_steps_that_share_a_model_share_what_stands_before_its_collectives(ranks, policy):
+    pool = ranks(2, timeout_s=IMPATIENT_S)
+    expected = pool.run(taking_turns, policy, -1, ShardedSync)
+    assert [deep for *_, deep in expected] == [{0}, {0}], "without room for a second run, nobody stands there"
+    for fails_at in (1, 12, 25):
+        outcomes = pool.run(taking_turns, policy, fails_at, ShardedSync)
+        assert [state for state, *_ in outcomes] == [state for state, *_ in expected]
+        assert [num_again for _, num_again, _ in outcomes] == [6, 0]
+        assert [deep for *_, deep in outcomes] == [{1}, {1}]
+    control = pool.run(taking_turns, policy, 12, Anew)
+    assert [deep for *_, deep in control] == [{3}, {3}]
 
 
 def after_an_error(policy: str) -> list[str]:
