@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import macrobatch as mb
 from macrobatch.plan.capture import Compiled
 from macrobatch.plan.graphs import Graphs
 from macrobatch.plan.memory import HostMemory
+from macrobatch.plan.picture import print_survey
 from macrobatch.plan.rehearsal import Rehearsal
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 from tests.plan.tape import Tape
@@ -83,6 +86,7 @@ def test_auto_compiles_where_that_is_clearly_faster(caplog):
         assert relative_error(gradients_of(model), full_batch_gradient(model, mean_loss, batch)) <= 1e-6
         (line,) = [record.message for record in caplog.records]
         assert ", compiled;" in line
+        assert (" compiled)" in line) == (turn == 0), "which sizes were tried so"
         assert ("as remembered" in line) == (turn == 1)
         caplog.clear()
 
@@ -107,6 +111,33 @@ def test_auto_compiles_sizes_that_are_close_and_takes_the_fastest():
     assert isinstance(step._step.loss_fn, Compiled)
     assert step.split.survey.size == ROWS / 2
     assert step.split.survey.seconds == step.split.survey.compiled_s
+    compiled = {trial.size for trial in step.split.survey.trials if trial.compiled_s is not None}
+    assert {ROWS, ROWS / 2} <= compiled
+    assert len(compiled) <= 3
+    for survey, expected in ((step.split.survey, True), (eager.split.survey, False)):
+        text = io.StringIO()
+        print_survey(survey, Console(file=text, width=80))
+        assert ("compiled," in text.getvalue().partition("chosen")[0]) == expected
+        assert "…" not in text.getvalue()
+
+
+def test_auto_compiles_nothing_if_a_size_disagrees_that_is_tried_after_another_has_won():
+    def wrong_in_halves(model: nn.Module, batch: Any) -> Tensor:
+        loss = mean_loss(model, batch)
+        if torch.compiler.is_compiling():
+            return loss if len(batch[0]) > ROWS / 2 else 1.5 * loss
+        time.sleep(0.008 + 0.2 * len(batch[0]) / ROWS)
+        return loss
+
+    model, step = build(wrong_in_halves, "auto")
+    model.eval()
+    step(batch_of())
+    survey = step.split.survey
+    compiled = {trial.size: trial.compiled_s for trial in survey.trials if trial.compiled_s is not None}
+    assert compiled[ROWS] < 0.2, "the control: it had won"
+    assert compiled[ROWS / 2] == float("inf")
+    assert (survey.size, survey.compiled_s, step._step.loss_fn) == (ROWS, None, wrong_in_halves)
+    assert relative_error(gradients_of(model), full_batch_gradient(model, mean_loss, batch_of())) <= 1e-6
 
 
 def test_auto_draws_the_random_numbers_that_eager_code_draws():
@@ -138,7 +169,7 @@ def test_auto_does_not_trust_a_compiled_function_that_disagrees(caplog):
     assert line.startswith("capture: is not compiled, since its gradient is 5.0e-01 from that of the code")
 
 
-def test_auto_stays_eager_where_compiling_gains_nothing():
+def test_auto_stays_eager_where_compiling_gains_nothing(caplog):
     def fast_eagerly(model: nn.Module, batch: Any) -> Tensor:
         loss = mean_loss(model, batch)
         if torch.compiler.is_compiling():
@@ -149,9 +180,13 @@ def test_auto_stays_eager_where_compiling_gains_nothing():
         return loss
 
     _, step = build(fast_eagerly, "auto")
-    step(batch_of())
+    with caplog.at_level(logging.INFO, logger="macrobatch"):
+        step(batch_of())
     assert step._step.loss_fn is fast_eagerly
     assert step.split.survey.compiled_s is None
+    compiled = [trial.size for trial in step.split.survey.trials if trial.compiled_s is not None]
+    assert len(compiled) == 1, "the first has shown that it does not pay"
+    assert caplog.records[-1].message.endswith(f", {compiled[0]} compiled in vain)")
 
 
 def test_sizes_of_recorded_steps_are_measured_replayed_and_in_twice_the_memory():

@@ -28,7 +28,7 @@ from macrobatch.plan.identity import identity_of
 from macrobatch.plan.memory import memory_of
 from macrobatch.plan.rehearsal import Rehearsal, pending_state_bytes
 from macrobatch.plan.split import Auto, Split
-from macrobatch.plan.survey import Survey, Trial, find_fastest, find_largest
+from macrobatch.plan.survey import Survey, Trial, describe, find_fastest, find_largest
 
 __all__ = ["Autosize", "Cut", "autosized"]
 
@@ -206,11 +206,11 @@ class Autosize:
         nums: dict[int, int] = {}
         most = _MAX_COMPILED if isinstance(self._step.loss_fn, Compiled) else _MAX_TIMED
         candidates = self._candidates(batch, total, least, largest, nums)
-        times, size = find_fastest(seconds, largest=largest, candidates=candidates, most=most)
+        times, _ = find_fastest(seconds, largest=largest, candidates=candidates, most=most)
         windows_s = {each: nums[each] * time_s for each, time_s in times.items()}
-        size, compiled_s = self._compiled(windows_s, nums, lambda size: (rehearsal, self._trial(batch, size)))
+        size, is_compiled, compiled = self._compiled(windows_s, nums, rehearsal, lambda size: self._trial(batch, size))
         return Survey(
-            trials=[Trial(each, peaks[each], times.get(each)) for each in sorted(peaks)],
+            trials=[Trial(each, peaks[each], times.get(each), compiled.get(each)) for each in sorted(peaks)],
             unit=self.auto.unit,
             total=total,
             limit_bytes=limit,
@@ -218,25 +218,28 @@ class Autosize:
             largest=largest,
             size=size,
             reason=("the fastest of what fits" if size < total else "the fastest: all at once")
-            + ", compiled" * (compiled_s is not None),
-            compiled_s=compiled_s,
+            + ", compiled" * is_compiled,
+            compiled_s=compiled[size] if is_compiled else None,
         )
 
     def _compiled(
-        self, windows_s: Mapping[int, float], nums: Mapping[int, int], on_trial: Callable[[int], tuple[Rehearsal, Any]]
-    ) -> tuple[int, float | None]:
-        """The size with which a window is over soonest, and the seconds of a micro-batch of it if it is to be compiled.
-        Sizes close to the best one are compiled, unless that one does not gain by it."""
-        ranked = sorted(windows_s, key=lambda each: windows_s[each])
-        size, compiled_s = ranked[0], None
-        bound_s = _CLEARLY_FASTER * windows_s[size]
-        for each in [each for each in ranked if windows_s[each] <= _CLOSE * windows_s[size]][:_MAX_COMPILED]:
-            seconds = self._seconds_of_other(*on_trial(each))
-            if nums[each] * seconds < bound_s:
-                bound_s, size, compiled_s = nums[each] * seconds, each, seconds
-            elif compiled_s is None:
+        self, windows_s: Mapping[int, float], nums: Mapping[int, int], rehearsal: Rehearsal, trial: Callable[[int], Any]
+    ) -> tuple[int, bool, dict[int, float]]:
+        """The size with which a window is over soonest, whether it is to be compiled, and the seconds of a micro-batch
+        of each that was compiled: those close to the best one, unless that one does not gain by it."""
+        ranked = sorted(windows_s, key=lambda each: (windows_s[each], each))
+        size = fastest = ranked[0]
+        is_compiled, compiled = False, dict[int, float]()
+        bound_s = _CLEARLY_FASTER * windows_s[fastest]
+        for each in [each for each in ranked if windows_s[each] <= _CLOSE * windows_s[fastest]][:_MAX_COMPILED]:
+            if self._other is None:
                 break
-        return size, compiled_s
+            compiled[each] = self._seconds_of_other(rehearsal, trial(each))
+            if nums[each] * compiled[each] < bound_s:
+                bound_s, size, is_compiled = nums[each] * compiled[each], each, True
+            elif not is_compiled:
+                break
+        return (fastest, False, compiled) if self._other is None else (size, is_compiled, compiled)
 
     def _seconds_of_other(self, rehearsal: Rehearsal, micro_batch: Any) -> float:
         """Of a micro-batch, run the other way; infinite if there is none, or it cannot be trusted."""
@@ -254,8 +257,9 @@ class Autosize:
             return False
         if differs is not None:
             _LOG.warning("capture: is not compiled, since %s", differs)
+        if differs is not None or not getattr(loss_fn, "is_compiled", True):
             self._other = None
-        return differs is None and getattr(loss_fn, "is_compiled", True)
+        return self._other is not None
 
     def _take_faster_way(self, batch: Any, *, is_remembered: bool) -> None:
         """Run micro-batches the other way, if that was chosen, now or in an earlier run."""
@@ -366,14 +370,6 @@ def autosized(
 ) -> Split | Autosize:
     """What cuts a step's macro-batches."""
     return Autosize(split, step, expected, capture, other) if isinstance(split, Auto) else split
-
-
-def describe(survey: Survey, *, is_remembered: bool = False) -> str:
-    """One line about a survey."""
-    speed = f", {survey.size / survey.seconds:.4g} {survey.unit}/s" if survey.seconds else ""
-    limit = "" if survey.limit_bytes is None else f" of a limit of {survey.limit_bytes / 1e6:,.4g} MB"
-    source = "as remembered" if is_remembered else f"{len(survey.trials)} sizes tried"
-    return f"{survey.size} {survey.unit}{speed} ({survey.reason}; {survey.largest} would fit{limit}; {source})"
 
 
 def _no_memory(unit: str, size: int, error: BaseException | None) -> NoMemoryError:

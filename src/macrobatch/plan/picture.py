@@ -41,6 +41,9 @@ def print_survey(survey: Survey, console: Console) -> None:
         "window,\nms",
     ):
         table.add_column(name, justify="right", vertical="bottom")
+    has_compiled = any(trial.compiled_s is not None for trial in survey.trials)
+    if has_compiled:
+        table.add_column("compiled,\nms", justify="right", vertical="bottom")
     table.add_column("")
     for trial in survey.trials:
         is_over = trial.peak_bytes is None or trial.peak_bytes > (survey.limit_bytes or trial.peak_bytes)
@@ -53,6 +56,8 @@ def print_survey(survey: Survey, console: Console) -> None:
                 _readable(trial.size / trial.seconds),
                 _readable(num * trial.seconds * 1e3),
             ]
+        if has_compiled:
+            times.append(_readable(trial.compiled_s * 1e3) if trial.compiled_s is not None else "")
         peak = "-" if trial.peak_bytes is None else _megabytes(trial.peak_bytes)
         style = "bold green" if trial.size == survey.size else None
         table.add_row(f"{trial.size:,}", peak, *times, remark, style=style)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Survey", "Trial", "find_fastest", "find_largest", "memory_line"]
+__all__ = ["Survey", "Trial", "describe", "find_fastest", "find_largest", "memory_line"]
 
 _FIRST = (2, 4, 8)  # BatchNorm refuses a single sample in training
 _MAX_LEAP = 8  # times the largest size so far: the line through small sizes is not to be trusted far away
@@ -32,11 +32,13 @@ class Trial(NamedTuple):
         size: samples in the micro-batch, or tokens.
         peak_bytes: most memory it took, all that was there included; None if it did not fit.
         seconds: of its forward and backward; None if that was not measured.
+        compiled_s: the same, compiled, under capture="auto"; infinite if it ran out of memory or was not trusted.
     """
 
     size: int
     peak_bytes: int | None
     seconds: float | None = None
+    compiled_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,7 @@ class Survey:
         Raises:
             ValueError, TypeError, KeyError: it is something else.
         """
-        trials = [Trial(int(size), _whole(peak), _number(seconds)) for size, peak, seconds in values["trials"]]
+        trials = [Trial(int(size), _whole(peak), *map(_number, times)) for size, peak, *times in values["trials"]]
         fields: dict[str, Any] = {**values, "trials": trials}
         survey = cls(**fields)
         sizes = [trial.size for trial in trials]
@@ -93,6 +95,17 @@ class Survey:
         _whole(survey.limit_bytes)
         _number(survey.compiled_s)
         return survey
+
+
+def describe(survey: Survey, *, is_remembered: bool = False) -> str:
+    """One line about what was tried and chosen."""
+    speed = f", {survey.size / survey.seconds:.4g} {survey.unit}/s" if survey.seconds else ""
+    limit = "" if survey.limit_bytes is None else f" of a limit of {survey.limit_bytes / 1e6:,.4g} MB"
+    source = "as remembered" if is_remembered else f"{len(survey.trials)} sizes tried"
+    compiled = [str(trial.size) for trial in survey.trials if trial.compiled_s is not None]
+    if compiled and not is_remembered:
+        source += f", {' and '.join(compiled)} compiled" + " in vain" * (survey.compiled_s is None)
+    return f"{survey.size} {survey.unit}{speed} ({survey.reason}; {survey.largest} would fit{limit}; {source})"
 
 
 def memory_line(trials: Sequence[Trial]) -> tuple[float, float]:
