@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import math
 import warnings
 import weakref
@@ -1868,3 +1869,41 @@ def test_state_saved_by_a_listener_can_be_loaded_and_trained_on(kind):
         other = mb.TrainStep(model, SGD(model.parameters(), lr=0.1), classes, micro_batch=4)
         other.load_state_dict(state)
         assert other(batch).num_micro_batches == 3
+
+
+# --- a parameter that was forgotten ---
+
+
+def test_parameters_in_no_optimizer_are_told_once_before_the_first_window(caplog):
+    model = mlp()
+    step = mb.TrainStep(model, SGD(model[2].parameters(), lr=0.1), classes, micro_batch=4)
+    assert not caplog.records  # what is added or frozen until then counts
+    with caplog.at_level(logging.WARNING, logger="macrobatch"):
+        step(samples())
+        step(samples())
+    assert [record.getMessage() for record in caplog.records] == [
+        "optimizer: of the model's parameters that require grad, 2 are in no optimizer of this step: 0.weight, 0.bias. "
+        "Add them to one, or freeze them (requires_grad_(False)) if nothing else trains them"
+    ]
+
+
+@pytest.mark.parametrize("way", ["all", "frozen", "added", "two optimizers", "tied"])
+def test_nothing_is_told_where_nothing_was_forgotten(way, caplog):
+    model = mlp()
+    optimizers = [SGD(model[2].parameters(), lr=0.1)]
+    if way == "all":
+        optimizers = [SGD(model.parameters(), lr=0.1)]
+    if way == "two optimizers":
+        optimizers.append(AdamW(model[0].parameters()))
+    if way == "tied":
+        model.append(nn.Linear(3, 3, dtype=torch.float64))
+        model.append(model[3])
+        optimizers = [SGD([*model[0].parameters(), *model[2].parameters(), *model[4].parameters()], lr=0.1)]
+    step = mb.TrainStep(model, optimizers, classes, micro_batch=4)
+    if way == "frozen":
+        model[0].requires_grad_(False)
+    if way == "added":
+        optimizers[0].add_param_group({"params": list(model[0].parameters())})
+    with caplog.at_level(logging.WARNING, logger="macrobatch"):
+        step(samples())
+    assert not caplog.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +26,11 @@ __all__ = [
     "checked_optimizers",
     "checked_schedulers",
     "parameters",
+    "tell_untrained",
 ]
+
+_LOG = logging.getLogger("macrobatch")
+_SHOWN = 3
 
 
 def parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
@@ -138,6 +143,19 @@ def checked_optimizers(optimizer: object, model: nn.Module) -> tuple[Optimizer, 
             fix="give each parameter to one group of one optimizer",
         )
     return optimizers
+
+
+def tell_untrained(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Warn in the log, in one line, of what requires grad and is in none of the optimizers: it may be forgotten."""
+    known = set(map(id, parameters(optimizers)))
+    names = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in known]
+    if names:
+        _LOG.warning(
+            "optimizer: of the model's parameters that require grad, %d are in no optimizer of this step: %s. "
+            "Add them to one, or freeze them (requires_grad_(False)) if nothing else trains them",
+            len(names),
+            ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN),
+        )
 
 
 def checked_listeners(listeners: object) -> list[Listener]:

@@ -22,6 +22,7 @@ from macrobatch.arguments import (
     checked_optimizers,
     checked_schedulers,
     parameters,
+    tell_untrained,
 )
 from macrobatch.core.autograd import set_gradient
 from macrobatch.core.events import Listener
@@ -147,7 +148,7 @@ class TrainStep:
         check_global_batch(global_batch)
         self.global_batch = global_batch
         self._count = count
-        self._window = Window(1)
+        self._window, self._is_new = Window(1), True
         runs = captured(loss_fn, capture, device)
         # A replayed backward adds into fixed addresses, which are not to be lent to a reduction meanwhile.
         strategy = make_sync(sync, model, overlaps=not runs.replays)
@@ -326,6 +327,9 @@ class TrainStep:
 
     def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan, cut: Cut | None) -> StepResult:
         check_surroundings(self.optimizers, self._step.device)
+        if self._is_new:
+            self._is_new = False
+            tell_untrained(self.optimizers, self._step.model)
         self._window.size = plan.num_micro_batches or sys.maxsize
         result = self._step.run(micro_batches, plan, None if cut is None else cut.smaller)
         if cut is not None:
