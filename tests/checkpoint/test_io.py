@@ -16,7 +16,7 @@ import torch
 
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.io import recover
-from macrobatch.errors import StateError
+from macrobatch.errors import ArgumentError, StateError
 from macrobatch.testing.scripts import run_script
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -163,6 +163,8 @@ def test_code_is_refused_and_not_run(tmp_path: Path, writer: str):
         torch.save(Code(target), tmp_path / "state.bin")
     with pytest.raises(StateError, match="more than tensors"):
         load_file(tmp_path / "state.bin")
+    with pytest.raises(ArgumentError, match="weights_only"):
+        load_file(tmp_path / "state.bin", weights_only=False)
     assert not target.exists()
     if writer == "pickle":
         pickle.loads((tmp_path / "state.bin").read_bytes())

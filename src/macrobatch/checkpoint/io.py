@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from macrobatch.errors import StateError
+from macrobatch.errors import ArgumentError, StateError
 
 __all__ = ["load_file", "partial_folder", "recover", "replaced_folder", "save_file"]
 
@@ -53,8 +53,16 @@ def load_file(path: str | os.PathLike[str], **options: Any) -> Any:
 
     Raises:
         StateError: the file is not there, not whole, or holds more than tensors and plain values.
+        ArgumentError: `weights_only=False`, with which a file could run any code.
     """
     path = Path(path)
+    if not options.get("weights_only", True):
+        raise ArgumentError(
+            "weights_only",
+            given=False,
+            expected="True, since a pickle can run any code",
+            fix="leave it out, or call torch.load yourself for files that you trust",
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
