@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from harness import Row
+from harness import Row, recorded
 from models import GPT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -121,15 +121,7 @@ def graphed(job: Job, num_rows: int) -> Running:
             loss = job.loss(model, static) / len(micro_batches)
         loss.backward()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            micro_step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may do what it likes
-        micro_step()
+    graph = recorded(micro_step, capture_error_mode="thread_local")  # NCCL's watchdog may do what it likes
     flat.zero_()
 
     def update() -> None:

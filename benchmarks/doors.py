@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import Row, error_text, grid, quartiles, save
+from harness import Row, error_text, grid, quartiles, recorded, save
 from models import GPT, ResNet, TinyViT, gpt_124m, mlp
 from torch import Tensor, nn
 
@@ -203,15 +203,7 @@ def hand_graph(work: Work, size: int, model: nn.Module, device: torch.device) ->
             loss = loss_of(model, static) / num_parts
         loss.backward()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            micro_step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        micro_step()
+    graph = recorded(micro_step)
     optimizer.zero_grad(set_to_none=False)
 
     def run(batch: Batch) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from doors import fp64_gradient
-from harness import Row, attempted, grid, in_turns, save
+from harness import Row, attempted, grid, in_turns, recorded, save
 from models import GPT, LENGTH, VOCABULARY, gpt_124m
 from torch import Tensor, nn
 
@@ -109,15 +109,7 @@ def _eager_step(model: nn.Module) -> Callable[[Tensor], object]:
 
 def _graphed(model: nn.Module, sums: dict[str, Tensor], size: int) -> Callable[[Tensor], object]:
     static_BT = torch.zeros(size, _length(model) + 1, dtype=torch.int64, device=next(iter(sums.values())).device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            loss_of(model, static_BT).backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss_of(model, static_BT).backward()
+    graph = recorded(lambda: loss_of(model, static_BT).backward())
 
     def step(ids_BT: Tensor) -> None:
         static_BT.copy_(ids_BT)
