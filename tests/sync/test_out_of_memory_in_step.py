@@ -323,6 +323,28 @@ def test_a_rank_under_ddp_runs_its_window_again_by_itself(ranks, options, victim
     assert [problems for _, problems in outcomes] == [[], []]
 
 
+def empty_later() -> list[list[Any]]:
+    """Samples of each window, and parameters, where rank 1 has nothing in some windows, and memory never runs out."""
+    found: list[list[Any]] = []
+    for micro_batch in (mb.Auto(), 1):
+        torch.manual_seed(1)
+        model, sync = wrapped({}, nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = mb.TrainStep(model, optimizer, loss_fn, micro_batch=micro_batch, sync=sync)
+        windows = [[8, 8], [], [8], [], []] if dist.get_rank() else [[12, 4], [8], [8, 8], [8], [4]]
+        nums = [step.window(batches(sizes)).num_samples for sizes in windows]
+        found.append([nums, [t.numpy().tobytes() for t in model.state_dict().values()]])
+    return found
+
+
+def test_a_rank_under_ddp_may_have_nothing_in_a_later_window(ranks):
+    """What it runs for the others' sake is kept from its last window, with a size or without."""
+    outcomes = ranks(2, timeout_s=IMPATIENT_S).run(empty_later)
+    for auto, given in outcomes:
+        assert auto == given
+    assert [auto[0] for auto, _ in outcomes] == [[16, 8, 16, 8, 4], [16, 0, 8, 0, 0]]
+
+
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)
 def test_ddp_on_a_single_rank_runs_its_window_again(ranks, options):
     ((num, problems),) = ranks(1).run(again_and_again, partial(lone, options), (0,), 5)

@@ -346,6 +346,8 @@ class Step:
         if plan.num_to_run is None:
             for spare, num_rows, is_last in micro_batches:
                 yield spare, num_rows, is_last and not plan.num_idle
+            if plan.num_idle:
+                self._latest = spare
             for following in reversed(range(plan.num_idle)):
                 yield tree.select(spare, slice(0, 2)), 0, not following
             return
