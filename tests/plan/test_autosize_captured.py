@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import time
+import traceback
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 
 import macrobatch as mb
 from macrobatch.plan.capture import Compiled
@@ -227,3 +230,60 @@ def test_copies_of_the_gradients_that_verification_makes_are_counted():
         assert abs(predicted - peak.num_bytes) <= 10 * rows * width * 4
     gradient_bytes = (width + 1) * width * 4
     assert peaks[True][1] - peaks[False][1] >= 2 * gradient_bytes, "the control: they are made"
+
+
+def test_memory_is_measured_eagerly_though_compiled_code_takes_less():
+    """The line has more sizes than are compiled, and the eager run is what a graph is compared with."""
+    ran_eagerly: set[int] = set()
+
+    def chain(model: nn.Module, batch: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            ran_eagerly.add(len(batch[0]))
+        hidden = model(batch[0])
+        for _ in range(8):
+            hidden = hidden.tanh() * hidden.exp().sigmoid()
+        return hidden.square().mean()
+
+    _, step = build(chain, "compile")
+    step.split.cut(batch_of())
+    tried = {trial.size for trial in step.split.survey.trials if trial.peak_bytes is not None}
+    timed = {trial.size for trial in step.split.survey.trials if trial.seconds is not None}
+    assert ran_eagerly == tried
+    assert timed < tried, "only these were compiled"
+    model, batch = network(), batch_of()
+    loss_fn = Compiled(chain)
+    peaks = [allocated_at_once(model, run, batch) for run in (chain, loss_fn)]
+    assert loss_fn.is_compiled
+    assert peaks[1] < peaks[0] / 2, "seventeen results of the chain against what begins it"
+
+
+def allocated_at_once(model: nn.Module, loss_fn: Any, batch: Any) -> int:
+    """Bytes, as the profiler sees them: compiled code does not ask PyTorch's operators for memory."""
+    for _ in range(2):
+        loss_fn(model, batch).backward()
+    with profile(profile_memory=True) as profiled:
+        loss_fn(model, batch).backward()
+    assert profiled.kineto_results is not None
+    changes = [event.nbytes() for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def test_the_smallest_size_is_taken_if_memory_runs_out_whenever_it_is_timed():
+    def greedy(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal num_calls
+        num_calls += is_timed()
+        if is_timed():
+            raise torch.OutOfMemoryError("out of memory")
+        return mean_loss(model, batch)
+
+    def is_timed() -> bool:
+        return any(frame.name == "seconds" for frame in traceback.extract_stack())
+
+    num_calls = 0
+    _, step = build(greedy, None)
+    step(batch_of())
+    survey = step.split.survey
+    timed = [trial.size for trial in survey.trials if trial.seconds is not None]
+    assert num_calls > 0
+    assert survey.largest == ROWS
+    assert survey.size == step.split.size == min(timed)
