@@ -1,9 +1,5 @@
 """Pipeline inference is not part of macrobatch; asking for a name says what to use."""
 
-from typing import Any
+from macrobatch.accelerate.utils.absent import refusing
 
-from macrobatch.accelerate.utils.absent import absent
-
-
-def __getattr__(name: str) -> Any:
-    raise absent(__name__, name)
+__getattr__ = refusing(__name__)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from macrobatch.errors import ArgumentError
 
-__all__ = ["ABSENT", "absent", "refuse_absent"]
+__all__ = ["ABSENT", "absent", "refuse_absent", "refusing"]
 
 _SHARD = "a FullyShardedDataParallelPlugin shards parameters, gradients and optimizer state alike"
 _LOAD = "load the model with transformers or torch, whole, or shard it with a FullyShardedDataParallelPlugin"
@@ -139,3 +140,12 @@ def absent(module: str, name: str) -> AttributeError | ImportError:
         return AttributeError(f"module {module!r} has no attribute {name!r}")
     reason, way = ABSENT[name]
     return ImportError(f"{module}.{name}: given a request for it; expected none, as {reason}. To fix it, {way}.")
+
+
+def refusing(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that has no name at all."""
+
+    def refuse(name: str) -> Any:
+        raise absent(module, name)
+
+    return refuse
