@@ -422,6 +422,21 @@ def test_memory_may_run_out_in_front_of_the_first_micro_batch(ranks):
     assert pool.run(early, mb.Auto(), [8, 8]) == pool.run(early, 1, [4] * 4)
 
 
+def lent(micro_batch: Any, sizes: list[int], fails_at: int) -> tuple[list[bytes], list[int]]:
+    """Memory runs out on rank 1 in the first window, in which rank 0 has nothing but what it was lent."""
+    windows = [sizes, [8, 8]] if dist.get_rank() else [[], [4]]
+    run = Run(micro_batch, windows, partial(sharded, "reshard-each", "plain"), fails_at=(fails_at,))
+    return run.state(), run.num_run
+
+
+def test_a_rank_that_has_nothing_yet_runs_again_what_it_was_lent(ranks):
+    pool = ranks(2, timeout_s=IMPATIENT_S)
+    expected, other = pool.run(lent, 1, [16, 16, 8], -1), pool.run(lent, 1, [32, 8], -1)
+    assert all(a[0] != b[0] for a, b in zip(expected, other, strict=True)), "the control: another split"
+    for place in (1, 12, 20):
+        assert pool.run(lent, mb.Auto(), [32, 8], place) == expected
+
+
 def planned(prepare: Callable[[Any], Any], limits: list[int | None]) -> Any:
     limit = limits[dist.get_rank()]
     torch.manual_seed(1)

@@ -180,7 +180,7 @@ class Step:
             if isinstance(micro_batches, list):
                 self.window.size = max(len(micro_batches), 1)
                 if self.sync.in_step:
-                    plan = self.sync.plan(share._replace(num_micro_batches=len(micro_batches)))
+                    plan = self.sync.plan(share._replace(num_micro_batches=len(micro_batches), spare=plan.spare))
             self.window.restart()
             before.restore()
             if states is not None:
