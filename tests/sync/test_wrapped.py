@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
@@ -114,6 +115,27 @@ def reentrant_under_ddp(name: str) -> float:
 def test_window_reentrant_checkpoints_under_ddp_equal_one_process(ranks, name):
     """DDP cannot find unused parameters behind these, and says so itself."""
     assert max(ranks(2).run(reentrant_under_ddp, name)) <= EXACT
+
+
+def begins_without_samples(kind: str) -> list[str | None]:
+    model: Any = layers(1)
+    model = fully_shard(model) if kind == "FSDP2" else wrap(model)
+    step = mb.TrainStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        lambda m, x: mb.Loss(m(x).square().sum(), (x[:, 0] != 0).sum()),
+        micro_batch=2,
+    )
+    without, some = torch.zeros(3, 8, dtype=F64), rows(3)
+    shares = [None, without, some, None, some]
+    return [step(share if dist.get_rank() == 0 else None).skipped for share in shares]
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_first_windows_without_a_sample_anywhere_or_without_weight_are_skipped(ranks, kind):
+    """There is nothing to borrow in the first; in the second there is, and it is kept, although nothing counts."""
+    fates = ["no weight", "no weight", None, "no weight", None]
+    assert ranks(2).run(begins_without_samples, kind) == [fates, fates]
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 0.01}, {"normalize": "uniform"}, {"nonfinite": "ignore"}], ids=str)

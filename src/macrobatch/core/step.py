@@ -116,11 +116,12 @@ class Step:
         if result.skipped is None:
             self._apply(lambda: self._closure(gradient, result))
             self.window.applied()
-            self._spare = self._latest  # from a window without a NaN
         else:
             if result.skipped == "not finite":
                 gradient.before.restore_buffers()  # running statistics are poisoned too
             self.window.skipped()
+        if result.skipped in (None, "no weight"):
+            self._spare = self._latest  # from a window without a NaN
         self.update.precision.update()
         if self.listeners and result.skipped is None:
             self._emit(Updated(result=result, num_updates=self.window.num_updates))

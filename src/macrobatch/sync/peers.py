@@ -297,14 +297,16 @@ class Peers(Alone):
         return next((rank for rank, has in enumerate(numbers[NUM_SUMS:begin]) if has), 0)
 
     def spare(self, micro_batch: Any) -> Any:
-        """In the first window, two samples (BatchNorm refuses one) from the first rank with some; later, the given."""
+        """In the first window with any, two samples (BatchNorm refuses one) from the first rank with some; later, the
+        given; None before."""
         if self._has_lent:
             return micro_batch
-        self._has_lent = True
         sample = None if micro_batch is None else tree.to_device(tree.select(micro_batch, slice(0, 2)), CPU)
         samples: list[Any] = [None] * self.num
         dist.all_gather_object(samples, sample, group=self.group)
-        return next((each for each in samples if each is not None), None)
+        found = next((each for each in samples if each is not None), None)
+        self._has_lent = found is not None
+        return found
 
     def _expected(self, expected: Mapping[str, Weight] | Weight | None) -> dict[str, Weight] | None:
         """Weights counted ahead, added up; a rank without samples gives {}."""

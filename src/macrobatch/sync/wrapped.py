@@ -120,7 +120,8 @@ class WrappedSync(Sync):
         self._is_idle_last = plan.repeats
         if plan.repeats:
             self._num_own = math.inf
-            return self._peers.plan(plan)._replace(num_idle=1, spare=self._peers.spare(plan.spare))
+            spare = self._peers.spare(plan.spare)
+            return self._peers.plan(plan)._replace(num_idle=int(spare is not None), spare=spare)
         num_to_run = plan.num_micro_batches or 0
         if self._runs_alike or plan.is_coupled:
             assert self._model is not None
@@ -129,7 +130,9 @@ class WrappedSync(Sync):
                 return plan
         num_to_run = max(num_to_run, 1)
         self._num_own = math.inf if num_to_run == plan.num_micro_batches else plan.num_micro_batches or 0
-        return self._peers.plan(plan)._replace(num_to_run=num_to_run, spare=self._peers.spare(plan.spare))
+        spare = self._peers.spare(plan.spare)
+        num_to_run = 0 if spare is None else num_to_run  # no rank has had a sample yet
+        return self._peers.plan(plan)._replace(num_to_run=num_to_run, spare=spare)
 
     def micro_batch(self, gradients: GradientBuffer, *, is_last: bool) -> AbstractContextManager[Any]:
         """`no_sync`, but for the last."""
