@@ -100,10 +100,10 @@ def test_first_window_without_samples_on_a_rank_equals_one_process(ranks, name):
 class Reentrant(nn.Sequential):
     """Its layers' backwards run forwards and backwards of their own, so that hooks fire within them."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         for layer in self:
-            x = checkpoint(layer, x.requires_grad_() if x.is_leaf else x, use_reentrant=True)
-        return x
+            input = checkpoint(layer, input.requires_grad_() if input.is_leaf else input, use_reentrant=True)
+        return input
 
 
 def reentrant_under_ddp(name: str) -> float:
