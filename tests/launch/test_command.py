@@ -106,10 +106,10 @@ def test_one_rank_per_gpu(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(nnodes="two"), r"--nnodes: given two.*1:4"),
-        (Options(nnodes="0"), "--nnodes: given 0"),
-        (Options(nnodes="3:2"), "--nnodes: given 3:2"),
-        (Options(nnodes="1:2:3"), "--nnodes: given 1:2:3"),
+        (Options(nnodes="two"), r"--nnodes: given 'two'.*1:4"),
+        (Options(nnodes="0"), "--nnodes: given '0'"),
+        (Options(nnodes="3:2"), "--nnodes: given '3:2'"),
+        (Options(nnodes="1:2:3"), "--nnodes: given '1:2:3'"),
         (Options(nnodes="2"), r"--rdzv: given None.*HOST:PORT"),
         (Options(rdzv="host-a:1"), "add --nnodes"),
         (Options(node_rank=0), "add --nnodes"),
