@@ -16,7 +16,7 @@ import torch
 
 from macrobatch.errors import ArgumentError, StateError
 
-__all__ = ["load_file", "partial_folder", "recover", "replaced_folder", "save_file"]
+__all__ = ["check_weights_only", "load_file", "partial_folder", "recover", "replaced_folder", "save_file"]
 
 _CONTENTS = ".contents.json"
 """In a replaced folder: the names of what was written with it, in contrast to what others put there."""
@@ -56,13 +56,7 @@ def load_file(path: str | os.PathLike[str], **options: Any) -> Any:
         ArgumentError: `weights_only=False`, with which a file could run any code.
     """
     path = Path(path)
-    if not options.get("weights_only", True):
-        raise ArgumentError(
-            "weights_only",
-            given=False,
-            expected="True, since a pickle can run any code",
-            fix="leave it out, or call torch.load yourself for files that you trust",
-        )
+    check_weights_only(options.get("weights_only", True))
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -138,3 +132,18 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_weights_only(weights_only: object) -> None:
+    """Refuse to run what a foreign file may hold.
+
+    Raises:
+        ArgumentError: it is false.
+    """
+    if not weights_only:
+        raise ArgumentError(
+            "weights_only",
+            given=False,
+            expected="True, since a pickle can run any code",
+            fix="leave it out, or call torch.load yourself for files that you trust",
+        )

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.accelerate.utils.absent import absent
-from macrobatch.errors import ArgumentError
+from macrobatch.checkpoint.io import check_weights_only
 
 __all__ = [
     "clean_state_dict_for_safetensors",
@@ -121,13 +121,7 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
     Raises:
         ArgumentError: `weights_only=False`, with which a file could run any code.
     """
-    if not kwargs.pop("weights_only", True):
-        raise ArgumentError(
-            "weights_only",
-            given=False,
-            expected="True, since a pickle can run any code",
-            fix="leave it out, or call torch.load yourself for files that you trust",
-        )
+    check_weights_only(kwargs.pop("weights_only", True))
     if isinstance(f, str | os.PathLike) and str(f).endswith(".safetensors"):
         return safetensors.torch.load_file(f, device="cpu" if map_location is None else map_location)
     return torch.load(f, map_location=map_location, weights_only=True, **kwargs)
