@@ -131,7 +131,7 @@ class AcceleratedOptimizer(Optimizer):
             window.discard()
         else:  # another optimizer of the window still wants its own
             own = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
-            window.gradients.empty(own)
+            window.empty(own)
 
     def train(self) -> None:
         """For optimizers that have a training mode (schedule-free ones)."""

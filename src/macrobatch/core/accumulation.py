@@ -12,7 +12,7 @@ clip or to step; `core.step` is the counterpart that is handed a whole window. B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -96,6 +96,7 @@ class Accumulation:
         """Whether every `.grad` is the window's gradient."""
         self._is_applied = False
         self._has_begun = False
+        self._is_reducing = False
         self._context: AbstractContextManager[Any] | None = None
 
     @property
@@ -159,12 +160,12 @@ class Accumulation:
         self._end_context()
         if not self.is_last:
             self._empty()
-            return
-        if not self.is_final:
-            self._opened(None, 1)
-            self.sync.close(self.gradients, None)
-        self.window.discard()
-        self._forget()
+        else:
+            if not self.is_final:
+                self._opened(None, 1)
+                self.sync.close(self.gradients, None)
+            self.window.discard()
+            self._forget()
         self.gradients.clear()
 
     def backward(self, loss: Tensor, *, weight: Weight | None = None, num_samples: int = 1, **options: Any) -> None:
@@ -182,8 +183,7 @@ class Accumulation:
             LossError: not a loss, or one of the window's losses has a weight and another has not.
             WindowError: the window's gradient has been taken already.
         """
-        if self.is_final and not self.is_inside:
-            self.settle()
+        self.settle()
         if self.is_final:
             raise WindowError(
                 "backward",
@@ -209,12 +209,10 @@ class Accumulation:
             tensors, seeds = tally.admit(output, self._num_samples)
         self._is_weighted = weight is not None
         self._num_backwards += 1
-        if not tensors:
-            return
         seeds = self.precision.seeds(seeds)
-        if options:
+        if tensors and options:
             torch.autograd.backward(tensors, seeds, **options)
-        else:
+        elif tensors:
             backward(tensors, seeds)
 
     def finish(self) -> None:
@@ -237,6 +235,9 @@ class Accumulation:
         self._end_context()
         is_uncounted = self._tally is None and self.gradients.holds_strays()
         tally = self._opened(None, 1)
+        if not self._is_reducing:  # nobody knew that its latest backward would be the last
+            self.sync.bring_in(self.gradients, keeps=True)
+            self.sync.take_up(self.gradients)
         self.sync.close(self.gradients, None if is_uncounted else tally)
         if is_uncounted:
             self.window.discard()
@@ -289,8 +290,7 @@ class Accumulation:
         """
         if self.is_inside and not self.is_last:
             self._empty()
-            return
-        if self.is_inside:
+        elif self.is_inside:
             self.finish()
             self.skip = self.skip or "given up"
         elif not self.is_final:
@@ -298,6 +298,11 @@ class Accumulation:
             self.window.discard()
             self._forget()
         self.gradients.clear()
+
+    def empty(self, params: Collection[int]) -> None:
+        """Take back what the window has added to some parameters, given by their `id`."""
+        self.sync.bring_in(self.gradients, keeps=True)
+        self.gradients.empty(params)
 
     def settle(self) -> None:
         """Count a finished window as what it became: an update, or skipped."""
@@ -324,9 +329,9 @@ class Accumulation:
             )
         self.is_inside = self.is_inside and not self.is_final
         self.settle()
-        pending = None
         is_begun = self._tally is not None and self.is_pending
         self.sync.bring_in(self.gradients, keeps=is_begun)
+        pending = None
         if self._tally is not None and is_begun:
             pending = {
                 "tally": self._tally.state_dict(),
@@ -368,33 +373,28 @@ class Accumulation:
             typical = num_samples if weight is None or isinstance(weight, Tensor) else weight
             self._plan = self._plan or self.sync.plan(Plan(self.window.size, typical * self.window.size))
             self.gradients.start()
-            self._tally = Tally(
-                self._policy(),
-                guess=self._plan.guess,
-                num_micro_batches=self._plan.num_micro_batches,
-                seeds=self._seeds,
-            )
+            guess, num = self._plan.guess, self._plan.num_micro_batches
+            self._tally = Tally(self._policy(), guess=guess, num_micro_batches=num, seeds=self._seeds)
         return self._tally
 
     def _empty(self) -> None:
-        """Take back what this rank has added to the window."""
+        """Forget what this rank has added to the window."""
         self._tally = self._is_weighted = self._plan = None
         self._num_backwards = 0
-        self.gradients.clear()
 
     def _begin(self, is_last: bool) -> None:
         self.begin()
         self._num_backwards = 0
+        self._is_reducing = is_last
         self._context = self.sync.micro_batch(self.gradients, is_last=is_last)
         self._context.__enter__()
 
     def _end_context(self) -> None:
-        context, self._context = self._context, None
-        if context is not None:
+        if self._context is not None:
+            context, self._context = self._context, None
             context.__exit__(None, None, None)
 
     def _forget(self) -> None:
-        self._tally = self._is_weighted = self._plan = None
-        self._num_backwards = 0
-        self.is_final = self._is_applied = False
+        self._empty()
+        self.is_final = self._is_applied = self._is_reducing = False
         self.skip = None

@@ -212,6 +212,8 @@ class GradientBuffer:
         """Take back what a window has added to some parameters, given by their `id`."""
         for slot in self.slots:
             if id(slot.param) in params:
+                if slot.param.grad is not slot.view:  # a wrapper's own, which `collect` would adopt
+                    slot.param.grad = None
                 slot.local.zero_()
                 slot.version, slot.used = slot.local._version, False
 
