@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import Row, error_text, grid, quartiles, recorded, save
+from harness import Row, calls_per_round, error_text, grid, quartiles, recorded, save, seconds_each
 from models import GPT, ResNet, TinyViT, gpt_124m, mlp
 from torch import Tensor, nn
 
@@ -348,7 +348,7 @@ def _timed(
     few: Batch,
     reference: dict[str, Tensor | None],
     work: Work,
-    seconds: float,
+    timed_s: float,
 ) -> Row:
     device = batch[0].device
     is_cuda = device.type == "cuda"
@@ -362,19 +362,14 @@ def _timed(
     for _ in range(8):  # what is recorded and verified is trusted after these
         run(batch)
     start_s = time.perf_counter() - began
+    window = partial(run, batch)
+    num_calls = calls_per_round(seconds_each(window, 1))
     if is_cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times) < 4:
-        if is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run(batch)
-        if is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    while time.perf_counter() - began < timed_s or len(times) < 4:
+        times.append(seconds_each(window, num_calls))
     units = work.window * work.units_per_sample
     split: Any = getattr(run, "split", None)
     survey = getattr(split, "survey", None)
@@ -386,6 +381,7 @@ def _timed(
         ),
         "rate": quartiles([units / t for t in times]),
         "num_timed": len(times),
+        "windows_at_once": num_calls,
         "gib": torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0.0,
         "start_s": round(start_s, 1),
         "error": error,

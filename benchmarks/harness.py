@@ -21,6 +21,7 @@ __all__ = [
     "Quartiles",
     "Row",
     "attempted",
+    "calls_per_round",
     "error_text",
     "grid",
     "in_turns",
@@ -30,6 +31,7 @@ __all__ = [
     "quartiles",
     "recorded",
     "save",
+    "seconds_each",
     "table",
 ]
 
@@ -106,6 +108,25 @@ def in_turns(contenders: Mapping[str, Callable[[], object]], *, seconds: float, 
         }
         for name in names
     ]
+
+
+def calls_per_round(each_s: float) -> int:
+    """How many calls in a row, of which each takes so long, to time as one: about half a second of them.
+
+    Only then does the host wait for the device, as in a training: what it does for the next window while the device is
+    at this one costs nothing.
+    """
+    return max(1, round(0.5 / each_s))
+
+
+def seconds_each(call: Callable[[], object], num_calls: int) -> float:
+    """Seconds per call, of several in a row."""
+    _wait()
+    began_s = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    _wait()
+    return (time.perf_counter() - began_s) / num_calls
 
 
 def attempted(make: Callable[[], T]) -> T | str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from harness import Row, quartiles
+from harness import Row, calls_per_round, quartiles, seconds_each
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -60,7 +60,7 @@ class Extent(NamedTuple):
 
 
 WARMUP = Extent(1.0, 3, 10)  # after the first window, in which most things are made
-TIMED = Extent(4.0, 8, 25)  # the clock of a host that is busy launching kernels takes its time to settle
+TIMED = Extent(4.0, 6, 25)  # rounds; the clock of a host that is busy launching kernels takes its time to settle
 
 
 class Running(NamedTuple):
@@ -204,10 +204,12 @@ def _measured(contender: Contender, device: torch.device, num_units: int, refere
     start_s = time.perf_counter() - began_s
     start_gib = _memory_gib(device)["peak"]
     _forget_memory(device)
-    (each_s,) = over_ranks([_timed(running.update, device)], device)
+    (each_s,) = over_ranks([seconds_each(running.update, 1)], device)
     for _ in range(WARMUP.times(each_s)):
-        (each_s,) = over_ranks([_timed(running.update, device)], device)
-    times_s = over_ranks([_timed(running.update, device) for _ in range(TIMED.times(each_s))], device)
+        (each_s,) = over_ranks([seconds_each(running.update, 1)], device)
+    num_calls = calls_per_round(each_s)
+    num_rounds = TIMED.times(num_calls * each_s)
+    times_s = over_ranks([seconds_each(running.update, num_calls) for _ in range(num_rounds)], device)
     with gradients_noted(running.optimizer, exact) as last:
         running.update()
     noted += last
@@ -219,6 +221,7 @@ def _measured(contender: Contender, device: torch.device, num_units: int, refere
     most_gib = over_ranks([*memory_gib.values()], device)
     return {
         **rates(times_s, num_units),
+        "windows_at_once": num_calls,
         **{f"{kind}_gib": round(most, 3) for kind, most in zip(memory_gib, most_gib, strict=True)},
         "left_by_others_gib": round(left_gib, 3),
         "start_s": round(start_s, 1),
@@ -254,14 +257,6 @@ def _gradient_norm(optimizer: Optimizer) -> float:
         (square,) = over_ranks([float(norm) ** 2], norm.device, dist.ReduceOp.SUM)
         return square**0.5
     return float(norm)
-
-
-def _timed(update: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    began_s = time.perf_counter()
-    update()
-    _wait(device)
-    return time.perf_counter() - began_s
 
 
 def _wait(device: torch.device) -> None:

@@ -35,7 +35,7 @@ LAYERS = (
     ("core.tally",),
     ("core.term",),
     ("core.weighting", "core.autograd"),
-    ("core.window", "core.events", "core.loss", "core.snapshot", "core.arrival", "core.leaves"),
+    ("core.window", "core.events", "core.loss", "core.snapshot", "core.arrival", "core.leaves", "core.rounded"),
     ("env",),
     ("tree", "ranks"),
     ("errors",),

@@ -100,8 +100,8 @@ class TrainStep:
             says why. None, the default, runs eagerly. See docs/capture.md.
         fused_linear: let the matrix products of `nn.Linear` layers that compute in bf16 or fp16 add their weight
             gradients to the fp32 buffer themselves, which rounds once less and saves passes over the weights, and
-            `nn.Embedding` layers add to the rows that were looked up. Costs Python per layer, so it pays with
-            `capture`, or where the device has enough to do.
+            `nn.Embedding` layers add to the rows that were looked up; under autocast, round the weights once per
+            window. Costs Python per layer, so it pays with `capture`, or where the device has enough to do.
 
     Raises:
         ArgumentError: an argument is out of its domain.
@@ -175,7 +175,7 @@ class TrainStep:
         self._step.update.precision.groups = self._step.gradients.groups
         self._step.listeners += checked_listeners(listeners)
         if check_flag("fused_linear", fused_linear):
-            self._step.into = FusedLinear(model).into
+            self._step.into = FusedLinear(model, autocast=self._step.update.precision.autocast).into
         self.split = autosized(split, self._step, self._counted, capture, runs.other)
 
     @property

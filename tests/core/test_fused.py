@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import macrobatch as mb
 from macrobatch.core.fused import FusedLinear, add_product, add_rows
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.errors import ArgumentError
+from macrobatch.errors import ArgumentError, LossError, NonFiniteError
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
 pytestmark = pytest.mark.xdist_group("compile")  # in one worker, which alone imports and warms up the compiler
@@ -534,3 +534,155 @@ def test_flag_is_checked():
     model, _ = tied()
     with pytest.raises(ArgumentError, match="fused_linear"):
         mb.TrainStep(model, torch.optim.SGD(model.parameters()), loss_fn, micro_batch=1, fused_linear="yes")  # pyright: ignore[reportArgumentType]
+
+
+class Rounds(TorchDispatchMode):
+    """How many tensors of one shape are made in bf16 from others."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_to_copy" and (kwargs or {}).get("dtype") is BF16:
+            self.num += tuple(args[0].shape) == self.shape
+        elif name == "_foreach_copy_":
+            self.num += sum(tuple(tensor.shape) == self.shape for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class UnknownAutocast(mb.Bf16):
+    """Autocast that the step does not know of, so that every forward rounds the weights for itself."""
+
+    autocast = None
+
+    def forward(self) -> Any:
+        return torch.autocast("cpu", BF16)
+
+
+def perceptron(seed: int = 0) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)), torch.randn(24, 6)
+
+
+def squared(model: Any, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()
+
+
+@pytest.mark.parametrize(("precision", "num"), [("bf16", 1), (UnknownAutocast("cpu"), 6)], ids=["known", "unknown"])
+def test_weights_are_rounded_once_a_window(precision, num):
+    model, x = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = mb.TrainStep(model, optimizer, squared, micro_batch=4, precision=precision, fused_linear=True)
+    for _ in range(2):  # these check
+        step(x)
+    with Rounds((40, 6)) as rounds:
+        step(x)
+    assert rounds.num == num
+
+
+@pytest.mark.parametrize("capture", [None, "compile"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch.compile's own
+def test_weights_rounded_once_are_those_that_every_forward_would_round(capture):
+    """To the bit over several updates, but for a bias, whose gradient is summed in fp32 and not rounded to bf16."""
+    found = {}
+    for precision in ("bf16", UnknownAutocast("cpu")):
+        torch._dynamo.reset()
+        model, x = perceptron()
+        for layer in (model[0], model[2]):
+            layer.bias.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        step = mb.TrainStep(
+            model, optimizer, squared, micro_batch=4, precision=precision, capture=capture, fused_linear=True
+        )
+        for _ in range(4):
+            step(x)
+        found[str(precision)] = [param.detach().clone() for param in model.parameters()]
+    moved = perceptron()[0].state_dict()
+    first, second = found.values()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.allclose(first[0], moved["0.weight"], atol=1e-3)  # the control: there was something to round anew
+
+
+def test_a_bias_that_autocast_rounds_gets_a_sum_in_fp32():
+    torch.manual_seed(0)
+    slope_NO = torch.randn(64, 16).to(BF16).float()
+    errors = {}
+    for fused in (True, False):
+
+        def loss(layer: Any, batch: Any) -> mb.Loss:
+            x, slope = batch
+            return mb.Loss((layer(x).float() * slope).sum(), len(x))
+
+        found = window(
+            nn.Linear(16, 16), (torch.randn(64, 16), slope_NO), loss=loss, precision="bf16", fused_linear=fused,
+            micro_batch=16,
+        )  # fmt: skip
+        exact = slope_NO.double().sum(0) / 64  # a power of two
+        errors[fused] = float((found["bias"].double() - exact).norm() / exact.norm())
+    assert errors[True] < 1e-6
+    assert errors[False] > 1e-4
+
+
+class Normalizing(nn.Module):
+    """Rows of length one, as heads for recognizing faces keep them, by its own forward."""
+
+    def __init__(self, *, begins: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        if not begins:
+            self.layer.weight.data = F.normalize(self.layer.weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.data = F.normalize(self.layer.weight.data)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_forward_that_changes_weights_is_refused(begins):
+    """In the first window, or, if only the first update gives it something to do, in the second."""
+    torch.manual_seed(0)
+    model, x = Normalizing(begins=begins), torch.randn(12, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    step = mb.TrainStep(model, optimizer, squared, micro_batch=4, precision="bf16", fused_linear=True)
+    if not begins:
+        step(x)
+    bias = model.layer.bias.detach().clone()
+    with pytest.raises(LossError, match="changes the weights"):
+        step(x)
+    assert torch.equal(model.layer.bias, bias)
+    assert step.num_updates == (not begins)
+    plain = mb.TrainStep(model, optimizer, squared, micro_batch=4, precision="bf16")
+    plain(x)
+
+
+def test_weights_that_are_not_numbers_are_no_change():
+    model, x = perceptron()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    step = mb.TrainStep(model, optimizer, squared, micro_batch=4, precision="bf16", fused_linear=True)
+    with pytest.raises(NonFiniteError):
+        step(x)
+
+
+def test_a_bias_and_a_weight_that_are_exchanged_between_windows():
+    """A bias by another parameter, the numbers of a weight by others elsewhere, and by those of another shape."""
+    model, x = perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = mb.TrainStep(model, optimizer, squared, micro_batch=4, precision="bf16", fused_linear=True)
+    for change in (None, "bias", "numbers", "shape"):
+        if change == "bias":
+            model[2].bias = nn.Parameter(model[2].bias.detach() + 3)
+            model[2].bias.requires_grad_(False)
+        if change == "numbers":
+            model[2].weight.data = model[2].weight.data.mul(2)
+        if change == "shape":
+            model[0].weight.data = torch.randn(40, 2)
+            x = x[:, :2].contiguous()
+        with torch.no_grad(), torch.autocast("cpu", BF16):
+            exact = squared(copy.deepcopy(model), x)
+        result = step(x)
+        assert result.loss == pytest.approx(float(exact), rel=1e-2)  # bf16 in other batches; a stale part: > 0.1

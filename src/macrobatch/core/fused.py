@@ -6,6 +6,7 @@ it to the buffer in further passes over both. A matrix product can add its fp32 
 than half the traffic, and one rounding less. Of an embedding, autograd makes a gradient as large as the whole table.
 For the time of a window, `nn.Linear` and `nn.Embedding` layers of a model get a forward whose backward adds in place.
 What it cannot do is left to autograd, layer by layer and backward by backward, and adds up with it in the same view.
+Weights stay what they are for a window, so autocast's copies of them are made once, and not for every micro-batch.
 
 Source: `torch.addmm(..., out_dtype=torch.float32)`, https://docs.pytorch.org/docs/stable/generated/torch.addmm.html
 """
@@ -26,11 +27,11 @@ from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.utils.hooks import RemovableHandle
 
 from macrobatch.core.gradients import GradientBuffer, Slot
+from macrobatch.core.rounded import HALF, Rounded, keep_address
 
 __all__ = ["FusedLinear", "add_product", "add_rows"]
 
-_HALF = (torch.bfloat16, torch.float16)
-_CAST = (*_HALF, torch.float32)  # by autocast
+_CAST = (*HALF, torch.float32)  # by autocast
 
 
 class FusedLinear:
@@ -42,6 +43,11 @@ class FusedLinear:
     ranks, layers with a forward of their own, linear layers that compute in fp32, and embeddings with
     `scale_grad_by_freq` or `max_norm`. A backward with `create_graph=True` and `torch.autograd.grad` work as ever,
     unless they are part of what torch.compile compiles. Hooks on a weight's node of the graph are not seen.
+
+    Args:
+        model: whose layers.
+        autocast: the dtype of the autocast that forwards run in, if it is known. Linear layers in fp32 then get their
+            weights and biases from copies in this dtype, made when a window begins.
 
     ```pycon
     >>> layer = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
@@ -55,8 +61,10 @@ class FusedLinear:
     ```
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
         self._model = model
+        self._autocast = autocast
+        self._rounded = Rounded((), torch.float32)
         self._layout: list[Slot] = []
         self._layers: list[_Layer] = []
         self._nodes: list[Any] = []
@@ -67,10 +75,16 @@ class FusedLinear:
 
     @contextmanager
     def into(self, gradients: GradientBuffer) -> Generator[None]:
-        """For the time of this context, which is all of a window's forwards and backwards, write to this buffer."""
-        if self._layout is not gradients.slots:
-            self._watch(list(_layers_of(self._model, gradients, self._run_eagerly)))
+        """For the time of this context, which is all of a window's forwards and backwards, write to this buffer.
+
+        Raises:
+            LossError: a forward changes the weights of linear layers in the middle of a window.
+        """
+        if self._layout is not gradients.slots or not self._rounded.fits():
+            self._rounded = Rounded(_linear_params(self._model, gradients), self._autocast)
+            self._watch(list(_layers_of(self._model, gradients, self._rounded, self._run_eagerly)))
             self._layout = gradients.slots
+        self._rounded.make()
         for slot in gradients.slots:
             _add_as_it_comes(slot)
         layers = [layer for layer in self._layers if layer.is_free()]
@@ -82,6 +96,7 @@ class FusedLinear:
         finally:
             for layer in layers:
                 layer.module.__dict__.pop("forward", None)
+        self._rounded.check()
 
     def _watch(self, layers: list[_Layer]) -> None:
         for hook in self._hooks:
@@ -111,7 +126,18 @@ def _has_hooks(param: Any) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
-def _layers_of(model: nn.Module, gradients: GradientBuffer, run_eagerly: set[int]) -> Generator[_Layer]:
+def _linear_params(model: nn.Module, gradients: GradientBuffer) -> Generator[Tensor]:
+    for layer in _layers_of(model, gradients, Rounded((), None), set()):
+        if isinstance(layer.module, nn.Linear):
+            bias = layer.module._parameters.get("bias")  # pyright: ignore[reportPrivateUsage]
+            yield layer.slot.param
+            if type(bias) is nn.Parameter:
+                yield bias
+
+
+def _layers_of(
+    model: nn.Module, gradients: GradientBuffer, rounded: Rounded, run_eagerly: set[int]
+) -> Generator[_Layer]:
     slots = {id(slot.param): slot for slot in gradients.slots}
     for module in model.modules():
         forward = _forward_for(module)
@@ -122,9 +148,12 @@ def _layers_of(model: nn.Module, gradients: GradientBuffer, run_eagerly: set[int
         if slot is None or type(weight) is not nn.Parameter or weight.dtype not in _CAST or not weight.numel():
             continue
         if slot.view.dtype is torch.float32 and slot.view.is_contiguous():
-            # A captured graph is to write to it, not to a copy.
-            torch._dynamo.mark_static_address(slot.view, guard=True)  # pyright: ignore[reportPrivateUsage]
-            yield _Layer(module, slot, partial(forward, module, weight, slot.view, run_eagerly))  # pyright: ignore[reportArgumentType]
+            keep_address(slot.view)
+            own = partial(forward, module, weight, slot.view, run_eagerly)
+            if forward is _linear:
+                bias = module._parameters.get("bias")  # pyright: ignore[reportPrivateUsage]
+                own = partial(own, rounded.of(weight), bias, rounded.of(bias))
+            yield _Layer(module, slot, own)  # pyright: ignore[reportArgumentType]
 
 
 def _forward_for(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -161,7 +190,16 @@ def _known(module: nn.Module, param: Tensor, run_eagerly: set[int]) -> tuple[Ten
     return param, not (_has_hooks(param) or _is_transformed())
 
 
-def _linear(module: nn.Linear, param: Tensor, view: Tensor, run_eagerly: set[int], input: Tensor) -> Tensor:
+def _linear(
+    module: nn.Linear,
+    param: Tensor,
+    view: Tensor,
+    run_eagerly: set[int],
+    weight_16: Tensor | None,
+    own_bias: Tensor | None,
+    bias_16: Tensor | None,
+    input: Tensor,
+) -> Tensor:
     x, weight = input, module.weight
     bias: Any = module.bias
     kind = x.device.type
@@ -170,11 +208,14 @@ def _linear(module: nn.Linear, param: Tensor, view: Tensor, run_eagerly: set[int
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(kind) and x.dtype in _CAST:
         dtype = torch.get_autocast_dtype(kind)
+        has_bias_too = bias is own_bias and (bias is None or bias_16 is not None)
+        if has_bias_too and weight_16 is not None and weight_16.dtype is dtype:
+            return _Linear.apply(x.to(dtype), weight, bias, known, view, weight_16, bias_16)  # pyright: ignore[reportReturnType]
         # Outside of the function, whose own backward then has a graph to them.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype not in _HALF or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+    if x.dtype not in HALF or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, known, view)  # pyright: ignore[reportReturnType]
+    return _Linear.apply(x, weight, bias, known, view, None, None)  # pyright: ignore[reportReturnType]
 
 
 def _embedding(module: nn.Embedding, param: Tensor, view: Tensor, run_eagerly: set[int], input: Tensor) -> Tensor:
@@ -192,34 +233,44 @@ def _is_transformed() -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, param: Tensor | None, view: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        param: Tensor | None,
+        view: Tensor,
+        weight_16: Tensor | None,
+        bias_16: Tensor | None,
+    ) -> Tensor:
+        return F.linear(x, weight, bias) if weight_16 is None else F.linear(x, weight_16, bias_16)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, param, view = inputs
+        x, weight, bias, param, view, weight_16, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, weight_16)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.view = view  # not among the saved: their versions are checked, and this one is there to be written to
         ctx.param = param  # not saved either: under checkpointing that may be an alias of it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
-            return None, None, None, None, None
-        x, weight = ctx.saved_tensors
+            return (None,) * 7
+        x, weight, weight_16 = ctx.saved_tensors
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = grad @ weight if needs_x else None
-        grad_bias = grad_NO.sum(0) if ctx.has_bias and needs_bias else None
+        has_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which has to lead to the weight
+        factor = weight.to(grad.dtype) if weight_16 is None or has_graph else weight_16
+        grad_x = grad @ factor if needs_x else None
+        grad_bias = grad_NO.sum(0, dtype=ctx.bias_dtype) if ctx.bias_dtype is not None and needs_bias else None
         if torch.compiler.is_compiling():
             torch.ops.macrobatch.add_product(ctx.view, grad_NO, x_NI)
         elif needs_weight and _is_wanted(ctx.param, ctx.view):
             _add_product(ctx.view, grad_NO, x_NI)
         else:
-            return grad_x, grad_NO.t() @ x_NI, grad_bias, None, None
-        return grad_x, None, grad_bias, None, None
+            return grad_x, (grad_NO.t() @ x_NI).to(weight.dtype), grad_bias, None, None, None, None
+        return grad_x, None, grad_bias, None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):

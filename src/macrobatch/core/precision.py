@@ -25,6 +25,8 @@ class Precision:
     """
 
     name = "fp32"
+    autocast: torch.dtype | None = None
+    """The dtype that forwards compute in under autocast, where they do."""
     rescales = False
     """Whether an infinite gradient is this precision's own doing (its loss scale), to be skipped and learnt from."""
     groups: Callable[[], Iterable[dist.ProcessGroup]] = staticmethod(tuple)
@@ -66,12 +68,13 @@ class Bf16(Precision):
     """bfloat16 autocast (https://docs.pytorch.org/docs/stable/amp.html). Weights and gradients keep their dtype."""
 
     name = "bf16"
+    autocast = torch.bfloat16
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
 
     def forward(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device_type, torch.bfloat16)
+        return torch.autocast(self._device_type, self.autocast)
 
 
 class Fp16(Precision):
@@ -84,6 +87,7 @@ class Fp16(Precision):
     """
 
     name = "fp16"
+    autocast = torch.float16
     rescales = True
 
     def __init__(self, device_type: str, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -92,7 +96,7 @@ class Fp16(Precision):
         self._unscaled = False
 
     def forward(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device_type, torch.float16)
+        return torch.autocast(self._device_type, self.autocast)
 
     def seeds(self, seeds: list[Tensor]) -> list[Tensor]:
         # In fp32: the product of a scale of 2^16 and a weight would overflow a 16-bit seed.
