@@ -88,6 +88,51 @@ def test_norm_and_clip_over_two_gpus_agree(pool, strategy):
     assert one == other
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def squares(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def synchronised_norms(strategy: str, micro_batch: int) -> tuple[float, float, float]:
+    """Errors of the gradient and of the running mean, against a process that has both ranks' micro-batches at once; and
+    that of the gradient against norms that each rank keeps to itself. Runs on a rank."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    x = torch.randn(24, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    pairs = zip(x[:12].split(micro_batch), x[12:].split(micro_batch), strict=True)
+    together, apart = normed(), normed()
+    num = 24 // (2 * micro_batch)
+    for one, other in pairs:
+        (squares(together, torch.cat([one, other])) / num).backward()
+        for alone in (one, other):
+            (squares(apart, alone) / num / 2).backward()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(normed()).cuda()
+    trained = DistributedDataParallel(model, device_ids=[dist.get_rank()]) if strategy == "wrapped" else model
+    seen: dict[str, Tensor | None] = {}
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: seen.update(whole_gradients(model)))
+    step = mb.TrainStep(trained, optimizer, squares, micro_batch=micro_batch)
+    step(x[12 * dist.get_rank() :][:12].cuda())
+    exact = {name: param.grad for name, param in together.named_parameters()}
+    mean = model[1].running_mean.cpu() - together[1].running_mean  # pyright: ignore[reportOperatorIssue]
+    control = {name: param.grad for name, param in apart.named_parameters()}
+    return relative_error(seen, exact), float(mean.norm()), relative_error(seen, control)
+
+
+@pytest.mark.parametrize("micro_batch", [12, 4])
+@pytest.mark.parametrize("strategy", ["replicated", "wrapped"])
+def test_sync_batch_norm_sees_the_micro_batches_of_all_ranks(pool, strategy, micro_batch):
+    """It takes its statistics over ranks, not over micro-batches: those of one turn at a time."""
+    for gradient, mean, apart in pool.run(synchronised_norms, strategy, micro_batch):
+        assert gradient < 1e-12
+        assert mean < 1e-12
+        assert apart > 1e-3  # the control: norms of one rank's samples give another gradient
+
+
 def bf16_drift() -> float:
     """Largest difference between the ranks' parameters after 20 updates with gradients in bf16 on the wire."""
     torch.manual_seed(0)
