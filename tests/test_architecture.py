@@ -38,6 +38,7 @@ LAYERS = (
     ("core.window", "core.events", "core.loss", "core.snapshot", "core.arrival", "core.leaves", "core.rounded"),
     ("env",),
     ("tree", "ranks"),
+    ("checks",),
     ("errors",),
 )
 """From top to bottom. An import may only point down; those on one line do not import each other. A name stands for a

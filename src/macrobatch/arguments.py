@@ -12,13 +12,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from macrobatch.checks import check_integer
 from macrobatch.core.autograd import refuse_sparse
 from macrobatch.core.events import Listener
 from macrobatch.errors import ArgumentError, LossError
 
 __all__ = [
     "check_callables",
-    "check_flag",
     "check_global_batch",
     "check_sparse_grad",
     "check_surroundings",
@@ -58,13 +58,6 @@ def check_callables(model: object, loss_fn: object, count: object) -> None:
         )
 
 
-def check_flag(name: str, value: object) -> bool:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ArgumentError(name, given=repr(value), expected="True or False", fix=f"pass {name}=True")
-    return value
-
-
 def check_sparse_grad(sparse_grad: object, model: nn.Module) -> None:
     """Refuse a model that makes sparse gradients, unless they may become dense."""
     if sparse_grad not in ("refuse", "densify"):
@@ -77,10 +70,7 @@ def check_sparse_grad(sparse_grad: object, model: nn.Module) -> None:
 
 def check_global_batch(global_batch: object) -> None:
     """Refuse what is no number of samples."""
-    if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
-        raise ArgumentError(
-            "global_batch", given=repr(global_batch), expected="an integer >= 1 or None", fix="pass global_batch=1000"
-        )
+    check_integer("global_batch", global_batch, or_none=True, fix="pass global_batch=1000")
 
 
 def check_surroundings(optimizers: Sequence[Optimizer], device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from macrobatch.checks import is_integer
 from macrobatch.errors import ArgumentError
 
 __all__ = ["Ranks"]
@@ -33,7 +34,7 @@ class Ranks:
 
     def __post_init__(self) -> None:
         for size, index in ((self.world_size, self.rank), (self.local_world_size, self.local_rank)):
-            if type(index) is not int or type(size) is not int or not 0 <= index < size:
+            if not is_integer(index, 0) or not is_integer(size) or index >= size:
                 raise ArgumentError(
                     "ranks",
                     given=self,

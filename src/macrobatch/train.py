@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from macrobatch import tree
 from macrobatch.arguments import (
     check_callables,
-    check_flag,
     check_global_batch,
     check_sparse_grad,
     check_surroundings,
@@ -24,6 +23,7 @@ from macrobatch.arguments import (
     parameters,
     tell_untrained,
 )
+from macrobatch.checks import check_flag
 from macrobatch.core.autograd import set_gradient
 from macrobatch.core.events import Listener
 from macrobatch.core.fused import FusedLinear
@@ -174,7 +174,8 @@ class TrainStep:
         self._step.use(runs.micro_step)
         self._step.update.precision.groups = self._step.gradients.groups
         self._step.listeners += checked_listeners(listeners)
-        if check_flag("fused_linear", fused_linear):
+        check_flag("fused_linear", fused_linear)
+        if fused_linear:
             self._step.into = FusedLinear(model, autocast=self._step.update.precision.autocast).into
         self.split = autosized(split, self._step, self._counted, capture, runs.other)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from macrobatch.errors import ArgumentError
+from macrobatch.checks import check_integer
 
 __all__ = ["LocalSGD"]
 
@@ -27,10 +27,7 @@ class LocalSGD:
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, local_sgd_steps: int, enabled: bool = True) -> None:
-        if type(local_sgd_steps) is not int or local_sgd_steps < 1:
-            raise ArgumentError(
-                "local_sgd_steps", given=repr(local_sgd_steps), expected="an integer >= 1", fix="pass 8"
-            )
+        check_integer("local_sgd_steps", local_sgd_steps, fix="pass 8")
         self.accelerator = accelerator
         self.model = model
         self.local_sgd_steps = local_sgd_steps

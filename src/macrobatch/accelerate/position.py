@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from macrobatch.checks import is_integer
 from macrobatch.errors import StateError
 
 __all__ = ["Position", "check_state"]
@@ -34,7 +35,7 @@ def check_state(state: Any) -> None:
     counts = ("epoch", "num_batches", "num_batches_together")
     expected = {*counts, "start", "generator", "initial_seed", "is_at_end"}
     is_whole = isinstance(state, Mapping) and set(state) == expected
-    if not is_whole or any(type(state[name]) is not int or state[name] < 0 for name in counts):
+    if not is_whole or not all(is_integer(state[name], 0) for name in counts):
         raise StateError(
             "a loader's load_state_dict",
             given=f"{state!r:.100}",

@@ -22,6 +22,7 @@ from macrobatch.accelerate.utils.dataclasses import (
     TorchDynamoPlugin,
 )
 from macrobatch.accelerate.utils.environment import gradient_accumulation_steps_from_env
+from macrobatch.checks import check_integer
 from macrobatch.errors import ArgumentError
 
 __all__ = ["Settings", "checked_num_steps", "read_settings"]
@@ -131,17 +132,14 @@ def _instance(name: str, value: Any, kind: type[Any]) -> Any:
     return value
 
 
-def checked_num_steps(num_steps: object) -> int:
+def checked_num_steps(num_steps: Any) -> int:
     """A number of micro-batches, if it is one.
 
     Raises:
         ArgumentError: it is not.
     """
-    if type(num_steps) is int and num_steps >= 1:
-        return num_steps
-    raise ArgumentError(
-        "gradient_accumulation_steps", given=repr(num_steps), expected="an integer >= 1", fix="pass 1 not to accumulate"
-    )
+    check_integer("gradient_accumulation_steps", num_steps, fix="pass 1 not to accumulate")
+    return num_steps
 
 
 def _accumulation(num_steps: Any, plugin: GradientAccumulationPlugin | None) -> GradientAccumulationPlugin:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from macrobatch.checks import check_integer, is_integer
 from macrobatch.colossalai import environment
 from macrobatch.colossalai.context import Config, ParallelMode
 from macrobatch.colossalai.context.parallel_context import checked_seed, read_config
@@ -228,20 +229,15 @@ def _check_place(rank: object, world_size: object, local_rank: object) -> None:
     for name, value in (("rank", rank), ("world_size", world_size), ("local_rank", local_rank)):
         if name == "local_rank" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name == "world_size"):
-            raise ArgumentError(
-                f"launch's {name}",
-                given=repr(value),
-                expected=f"an integer >= {int(name == 'world_size')}",
-                fix="pass it, or call launch_from_torch, which reads it from the environment",
-            )
+        fix = "pass it, or call launch_from_torch, which reads it from the environment"
+        check_integer(f"launch's {name}", value, at_least=int(name == "world_size"), fix=fix)
     if isinstance(rank, int) and isinstance(world_size, int) and rank >= world_size:
         raise ArgumentError(
             "launch's rank", given=f"{rank} of {world_size}", expected="rank < world_size", fix="count ranks from 0"
         )
 
 
-def _address(host: object, port: object) -> str:
+def _address(host: object, port: Any) -> str:
     """The meeting point as a URL, in which an IPv6 address, and nothing else, has brackets around it.
 
     ```pycon
@@ -254,7 +250,7 @@ def _address(host: object, port: object) -> str:
         raise ArgumentError(
             "launch's host", given=repr(host), expected="a host's name or IP address", fix='pass host="localhost"'
         )
-    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+    if not is_integer(port, 1) or port > 65535:
         raise ArgumentError(
             "launch's port", given=repr(port), expected="an integer from 1 to 65535", fix="pass port=29500"
         )

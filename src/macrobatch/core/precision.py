@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from macrobatch.checks import is_number
 from macrobatch.errors import ArgumentError, StateError
 
 __all__ = ["Bf16", "Fp16", "Precision", "make_precision"]
@@ -127,7 +127,11 @@ class Fp16(Precision):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         expected = self.scaler.state_dict()
-        if not isinstance(state, Mapping) or state.keys() != expected.keys() or not all(map(_is_count, state.values())):
+        if (
+            not isinstance(state, Mapping)
+            or state.keys() != expected.keys()
+            or not all(is_number(value) and value >= 0 for value in state.values())
+        ):
             raise StateError(
                 'precision "fp16"',
                 given=repr(state),
@@ -135,10 +139,6 @@ class Fp16(Precision):
                 fix='load a state that was saved with precision="fp16"',
             )
         self.scaler.load_state_dict(dict(state))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def make_precision(precision: object, device: torch.device) -> Precision:

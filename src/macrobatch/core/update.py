@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from macrobatch.checks import check_number
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import to_host
 from macrobatch.core.precision import Precision
@@ -57,10 +58,8 @@ class Update:
 
     def __post_init__(self) -> None:
         for name, limit in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
-            if limit is not None and not _is_positive(limit):
-                raise ArgumentError(
-                    name, given=repr(limit), expected="a finite number > 0", fix="pass None not to clip"
-                )
+            if limit is not None:
+                check_number(name, limit, is_positive=True, fix="pass None not to clip")
         if self.nonfinite not in get_args(NonFinite):
             raise ArgumentError(
                 "nonfinite",
@@ -183,7 +182,3 @@ def _check_weights(weights: Mapping[str, float]) -> None:
             expected="finite sums of numbers >= 0",
             fix="pass the number of items that total is a sum over",
         )
-
-
-def _is_positive(limit: object) -> bool:
-    return isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < math.inf

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from macrobatch.checks import check_integer
 from macrobatch.core.loss import Weight
 from macrobatch.errors import ArgumentError
 
@@ -43,11 +44,7 @@ class Constant:
     num_micro_batches: int
 
     def __post_init__(self) -> None:
-        n: object = self.num_micro_batches
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ArgumentError(
-                "Constant", given=repr(n), expected="an integer >= 1", fix="pass Constant(4) for loss / 4"
-            )
+        check_integer("Constant", self.num_micro_batches, fix="pass Constant(4) for loss / 4")
 
 
 Normalize = Exact | Uniform | Constant

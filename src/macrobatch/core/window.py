@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from macrobatch.checks import check_integer, is_integer
 from macrobatch.errors import ArgumentError, StateError, WindowError
 
 __all__ = ["Tail", "Window"]
@@ -181,14 +182,9 @@ class Window:
         self.num_pending, self._closed = 0, False
 
 
-def _checked_size(size: object) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ArgumentError(
-            "window size (micro-batches per update)",
-            given=repr(size),
-            expected="an integer >= 1",
-            fix="pass how many micro-batches one update accumulates",
-        )
+def _checked_size(size: Any) -> int:
+    fix = "pass how many micro-batches one update accumulates"
+    check_integer("window size (micro-batches per update)", size, fix=fix)
     return size
 
 
@@ -199,14 +195,14 @@ def _problem(state: Mapping[str, Any]) -> str | None:
         found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         return f"{found} where the keys {sorted(expected)} belong"
     if (
-        type(state["version"]) is not int
+        not is_integer(state["version"])
         or state["version"] != 1
         or state["tail"] not in get_args(Tail)
         or not isinstance(state["is_closed"], bool)
     ):
         return f"version {state['version']!r}, tail {state['tail']!r}, is_closed {state['is_closed']!r}"
     numbers = {name: state[name] for name in ("size", *_COUNTERS)}
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers.values()) or not numbers["size"]:
+    if not all(is_integer(n, 0) for n in numbers.values()) or not numbers["size"]:
         return f"counters {numbers}"
     if state["is_closed"] and not numbers["num_pending"]:
         return "a closed window without a micro-batch"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from macrobatch.checks import check_integer
 from macrobatch.core.window import Tail
 from macrobatch.data.position import Position
 from macrobatch.data.prefetch import on_device
 from macrobatch.data.source import Indexed, Piece, Source, num_batches
 from macrobatch.data.stream import Stream
-from macrobatch.data.windows import Windows, check_count, check_ranks, ranks_now
+from macrobatch.data.windows import Windows, check_ranks, ranks_now
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 
@@ -89,7 +90,7 @@ class ShareLoader:
 
         ```
         """
-        check_count("micro_batch", micro_batch, "the samples in a micro-batch", fix="pass micro_batch=16")
+        check_integer("micro_batch", micro_batch, "the samples in a micro-batch", fix="pass micro_batch=16")
         return self._windows(micro_batch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -255,7 +256,7 @@ def checked_options(options: Mapping[str, Any], device: torch.device | None) -> 
     for name in options.keys() & fixes.keys():
         raise ArgumentError(name, given=repr(options[name]), expected="nothing: macrobatch decides it", fix=fixes[name])
     num_workers = options.get("num_workers", 0)
-    check_count("num_workers", num_workers, "processes that load samples", fix="pass num_workers=4", at_least=0)
+    check_integer("num_workers", num_workers, "processes that load samples", fix="pass num_workers=4", at_least=0)
     return {"pin_memory": device is not None and device.type == "cuda", **options}
 
 

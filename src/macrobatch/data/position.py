@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from macrobatch.data.windows import check_count
+from macrobatch.checks import check_integer, is_integer
 from macrobatch.errors import StateError
 
 __all__ = ["Pass", "Position"]
@@ -68,7 +68,9 @@ class Position:
         Raises:
             ArgumentError: not an integer >= 0.
         """
-        check_count("epoch", epoch, "the number of an epoch", fix="pass the epoch's number, counted from 0", at_least=0)
+        check_integer(
+            "epoch", epoch, "the number of an epoch", fix="pass the epoch's number, counted from 0", at_least=0
+        )
         if epoch != self.epoch or self.current is not None:
             self.epoch, self.num_windows, self.current = epoch, 0, None
 
@@ -115,7 +117,7 @@ def _problem(
                 "or begin an epoch with set_epoch",
             )
     numbers = state["epoch"], state["num_windows"]
-    if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in numbers):
+    if not all(is_integer(number, 0) for number in numbers):
         return f"epoch {numbers[0]!r}, num_windows {numbers[1]!r}", "integers >= 0", fix
     most = num_windows(state["epoch"])
     if most is not None and state["num_windows"] > most:

@@ -15,11 +15,12 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from macrobatch.checks import check_integer
 from macrobatch.core.window import Tail
 from macrobatch.data.loader import MacroBatchLoader, ShareLoader
 from macrobatch.data.sampler import MacroBatchSampler
 from macrobatch.data.source import Indexed, Rows, Sampled
-from macrobatch.data.windows import check_count, check_tail
+from macrobatch.data.windows import check_tail
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 
@@ -67,7 +68,7 @@ def shard(
     ```
     """
     _refuse_parts(loader)
-    check_count("seed", seed, "the same on every rank", fix="pass seed=0", at_least=0)
+    check_integer("seed", seed, "the same on every rank", fix="pass seed=0", at_least=0)
     if tail is not None:
         check_tail(tail)
     if not isinstance(loader, DataLoader):

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from macrobatch.checks import check_integer
 from macrobatch.core.window import Tail
 from macrobatch.data.collate import collation
 from macrobatch.data.randomness import apart
 from macrobatch.data.source import Piece, check_windows, num_batches, tell_epoch
-from macrobatch.data.windows import check_count, check_tail
+from macrobatch.data.windows import check_tail
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 
@@ -60,8 +61,8 @@ class Stream:
         collate_fn: Callable[[list[Any]], Any] | None,
         options: dict[str, Any],
     ) -> None:
-        check_count("global_batch", global_batch, "the samples of one update over all ranks", fix="pass 1024")
-        check_count("seed", seed, "the same on every rank", fix="pass seed=0", at_least=0)
+        check_integer("global_batch", global_batch, "the samples of one update over all ranks", fix="pass 1024")
+        check_integer("seed", seed, "the same on every rank", fix="pass seed=0", at_least=0)
         check_tail(tail, ("apply", "drop"))
         if options.get("num_workers", 0) > 1:
             raise ArgumentError(

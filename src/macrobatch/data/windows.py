@@ -12,12 +12,13 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
+from macrobatch.checks import check_flag, check_integer
 from macrobatch.core.window import Tail
 from macrobatch.data.randomness import seed_of
 from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 
-__all__ = ["Windows", "check_count", "check_ranks", "check_tail", "ranks_now", "share"]
+__all__ = ["Windows", "check_ranks", "check_tail", "ranks_now", "share"]
 
 
 def share(num: int, ranks: Ranks) -> range:
@@ -64,12 +65,11 @@ class Windows:
     tail: Tail = "apply"
 
     def __post_init__(self) -> None:
-        check_count("num_samples", self.num_samples, "the length of the data set", fix="pass a data set with samples")
-        check_count("global_batch", self.global_batch, "the samples of one update over all ranks", fix="pass 1024")
-        check_count("seed", self.seed, "the same on every rank", fix="pass seed=0", at_least=0)
+        check_integer("num_samples", self.num_samples, "the length of the data set", fix="pass a data set with samples")
+        check_integer("global_batch", self.global_batch, "the samples of one update over all ranks", fix="pass 1024")
+        check_integer("seed", self.seed, "the same on every rank", fix="pass seed=0", at_least=0)
         check_tail(self.tail)
-        if not isinstance(self.shuffle, bool):
-            raise ArgumentError("shuffle", given=repr(self.shuffle), expected="True or False", fix="pass shuffle=True")
+        check_flag("shuffle", self.shuffle)
         if self.tail == "drop" and self.num_samples < self.global_batch:
             raise ArgumentError(
                 "tail",
@@ -147,12 +147,6 @@ def ranks_now(ranks: Ranks | None) -> Ranks:
     if dist.is_available() and dist.is_initialized():
         return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
     return Ranks()
-
-
-def check_count(what: str, value: object, meaning: str, *, fix: str, at_least: int = 1) -> None:
-    """Refuse what is not an integer >= `at_least`; True and 2.0 are not."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ArgumentError(what, given=repr(value), expected=f"an integer >= {at_least}, {meaning}", fix=fix)
 
 
 def check_tail(tail: object, allowed: Sequence[str] = get_args(Tail)) -> None:

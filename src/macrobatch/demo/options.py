@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from macrobatch.checks import check_integer
 from macrobatch.errors import ArgumentError
 
 __all__ = ["DemoOptions"]
@@ -39,7 +40,7 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "macro_batch", "micro_batch", "num_threads"):
-            _check_positive(name, getattr(self, name))
+            check_integer(name, getattr(self, name), fix=f"leave {name} at its default")
         if self.micro_batch > self.macro_batch:
             raise ArgumentError(
                 "micro_batch",
@@ -54,8 +55,3 @@ class DemoOptions:
     def num_micro_batches(self) -> int:
         """Micro-batches of a full window; the constant N that the textbook loop divides by."""
         return -(-self.macro_batch // self.micro_batch)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(name, given=repr(value), expected="an integer >= 1", fix=f"leave {name} at its default")

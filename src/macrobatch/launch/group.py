@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from macrobatch.checks import is_number
 from macrobatch.errors import ArgumentError, PeerError
 from macrobatch.launch.ranks import detect
 from macrobatch.ranks import Ranks
@@ -132,9 +132,9 @@ def _end() -> None:
         shutdown()
 
 
-def _checked_timeout(timeout_s: object) -> timedelta | None:
+def _checked_timeout(timeout_s: Any) -> timedelta | None:
     if timeout_s is None:
         return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+    if not is_number(timeout_s) or timeout_s <= 0:
         raise ArgumentError("timeout_s", given=repr(timeout_s), expected="seconds > 0, or None", fix="leave it out")
     return timedelta(seconds=timeout_s)

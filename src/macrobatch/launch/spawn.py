@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from macrobatch import env
+from macrobatch.checks import check_integer
 from macrobatch.errors import ArgumentError, PeerError
 from macrobatch.launch.group import init, shutdown
 from macrobatch.launch.ranks import Rendezvous, detect
@@ -71,8 +72,7 @@ def spawn(
     """
     arguments = tuple(args)
     num_processes = (torch.cuda.device_count() or 1) if num_processes is None else num_processes
-    if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
-        raise ArgumentError("num_processes", given=repr(num_processes), expected="an integer >= 1", fix="leave it out")
+    check_integer("num_processes", num_processes, fix="leave it out")
     _refuse_ranks()
     if num_processes == 1:
         return [function(*arguments)]

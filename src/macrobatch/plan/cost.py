@@ -26,8 +26,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
+from macrobatch.checks import check_integer, check_number, is_number
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.lengths import nonnegative_fit
 from macrobatch.sync import Policy
@@ -57,8 +57,8 @@ class StepTime:
     per_sample_s: float
 
     def __post_init__(self) -> None:
-        _check_number("fixed_s", self.fixed_s)
-        _check_number("per_sample_s", self.per_sample_s, is_positive=True)
+        check_number("fixed_s", self.fixed_s, fix=_MEASURE)
+        check_number("per_sample_s", self.per_sample_s, is_positive=True, fix=_MEASURE)
 
     @classmethod
     def fit(cls, sizes: Sequence[int], seconds: Sequence[float]) -> StepTime:
@@ -72,7 +72,7 @@ class StepTime:
             ArgumentError: too few points, or numbers that are not > 0.
         """
         numbers = [*sizes, *seconds]
-        if len(set(sizes)) < 2 or len(sizes) != len(seconds) or not all(_is_number(n) and n > 0 for n in numbers):
+        if len(set(sizes)) < 2 or len(sizes) != len(seconds) or not all(is_number(n) and n > 0 for n in numbers):
             raise ArgumentError(
                 "StepTime.fit",
                 given=f"sizes {sizes!r:.60}, seconds {seconds!r:.60}",
@@ -107,8 +107,8 @@ class Link:
     latency_s: float = 5e-6
 
     def __post_init__(self) -> None:
-        _check_number("bytes_per_s", self.bytes_per_s, is_positive=True)
-        _check_number("latency_s", self.latency_s)
+        check_number("bytes_per_s", self.bytes_per_s, is_positive=True, fix=_MEASURE)
+        check_number("latency_s", self.latency_s, fix=_MEASURE)
 
     def all_reduce_s(self, num_bytes: float, world_size: int) -> float:
         """By ring or by tree, whichever is faster."""
@@ -201,9 +201,9 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "max_micro_batch", "num_pieces"):
-            _check_count(name, getattr(self, name))
+            check_integer(name, getattr(self, name), fix=f"pass {name}=8")
         for name in ("gradient_bytes", "parameter_bytes", "update_s", "launch_s", "overlap"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name), fix=_MEASURE)
         for name, is_right, expected, fix in (
             ("step", isinstance(self.step, StepTime), "a StepTime", "pass StepTime.fit([4, 8], [0.011, 0.020])"),
             ("policy", self.policy is None or isinstance(self.policy, Policy), "a Policy or None", "leave it out"),
@@ -218,8 +218,8 @@ class Training:
         Raises:
             ArgumentError: not integers >= 1, or a micro-batch that does not fit.
         """
-        _check_count("world_size", world_size)
-        _check_count("micro_batch", micro_batch)
+        check_integer("world_size", world_size, fix="pass world_size=8")
+        check_integer("micro_batch", micro_batch, fix="pass micro_batch=8")
         if micro_batch > self.max_micro_batch:
             raise ArgumentError(
                 "micro_batch",
@@ -243,7 +243,7 @@ class Training:
 
     def best(self, link: Link, world_size: int) -> Estimate:
         """The fastest micro-batch that fits, on so many ranks; of equally fast ones, the smallest."""
-        _check_count("world_size", world_size)
+        check_integer("world_size", world_size, fix="pass world_size=8")
         most = min(self.max_micro_batch, self._share(world_size))
         sizes = range(1, most + 1)
         return self.window(link, world_size, min(sizes, key=lambda size: self._window_s(link, world_size, size)))
@@ -288,20 +288,7 @@ class Training:
         return max(edge_s, sum(collectives_s) - hidden_s) + launch_s
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_number(name: str, value: Any, *, is_positive: bool = False) -> None:
-    if not _is_number(value) or value < 0 or (is_positive and value == 0):
-        expected = f"a finite number {'> 0' if is_positive else '>= 0'}"
-        raise ArgumentError(name, given=repr(value), expected=expected, fix="measure it, in seconds or bytes")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(name, given=repr(value), expected="an integer >= 1", fix=f"pass {name}=8")
-
+_MEASURE = "measure it, in seconds or bytes"
 
 LINKS: Mapping[str, Link] = MappingProxyType(
     {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from macrobatch.checks import check_integer, check_number
 from macrobatch.errors import ArgumentError, BatchError
 
 __all__ = ["LengthCost", "Lengths", "checked_lengths", "nonnegative_fit"]
@@ -43,14 +43,8 @@ class LengthCost:
 
     def __post_init__(self) -> None:
         for name, value, is_positive in (("linear", self.linear, True), ("quadratic", self.quadratic, False)):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or value < 0 or (is_positive and value == 0):
-                raise ArgumentError(
-                    f"LengthCost.{name}",
-                    given=repr(value),
-                    expected="a finite number > 0" if is_positive else "a finite number >= 0",
-                    fix="leave it out, or measure it with LengthCost.fit",
-                )
+            fix = "leave it out, or measure it with LengthCost.fit"
+            check_number(f"LengthCost.{name}", value, is_positive=is_positive, fix=fix)
 
     @classmethod
     def of_width(cls, width: int) -> LengthCost:
@@ -60,10 +54,7 @@ class LengthCost:
         Source:
             J. Kaplan et al., Scaling laws for neural language models (2020), table 1.
         """
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ArgumentError(
-                "width", given=repr(width), expected="an integer >= 1", fix="pass the model's hidden size"
-            )
+        check_integer("width", width, fix="pass the model's hidden size")
         return cls(linear=12.0 * width, quadratic=1.0)
 
     @classmethod
@@ -116,8 +107,7 @@ class LengthCost:
         ```
         """
         for name, value in (("num_samples", num_samples), ("num_times", num_times)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(name, given=repr(value), expected="an integer >= 1", fix=f"pass {name}=8")
+            check_integer(name, value, fix=f"pass {name}=8")
         if len(set(lengths)) < 2:
             raise ArgumentError(
                 "lengths", given=repr(lengths), expected="two different ones or more", fix="pass [256, 1024]"

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from macrobatch import env
-from macrobatch.errors import ArgumentError
+from macrobatch.checks import check_integer
 
 __all__ = ["CudaMemory", "HostMemory", "Memory", "Peak", "memory_of"]
 
@@ -111,10 +111,7 @@ class HostMemory(TorchDispatchMode, Memory):
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
-        if limit_bytes is not None and (type(limit_bytes) is not int or limit_bytes < 1):
-            raise ArgumentError(
-                "limit_bytes", given=repr(limit_bytes), expected="an integer >= 1 or None", fix="pass limit_bytes=2**30"
-            )
+        check_integer("limit_bytes", limit_bytes, or_none=True, fix="pass limit_bytes=2**30")
         super().__init__()
         self.limit_bytes = limit_bytes
         self.num_bytes = 0

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from macrobatch.checks import check_flag, check_integer
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.lengths import LengthCost, Lengths, checked_lengths
 
@@ -116,14 +117,14 @@ class TokenBudget:
     equal: bool = False
 
     def __post_init__(self) -> None:
-        _check_count("max_tokens", self.max_tokens, "tokens in a micro-batch", fix="pass max_tokens=16384")
+        check_integer("max_tokens", self.max_tokens, "the tokens in a micro-batch", fix="pass max_tokens=16384")
         for name, value, kind, fix in (
             ("layout", self.layout in get_args(Layout), f"one of {get_args(Layout)}", 'pass layout="packed"'),
             ("cost", isinstance(self.cost, LengthCost), "a LengthCost", "pass cost=LengthCost.of_width(768)"),
-            ("equal", isinstance(self.equal, bool), "True or False", "pass equal=True"),
         ):
             if not value:
                 raise ArgumentError(name, given=repr(getattr(self, name)), expected=kind, fix=fix)
+        check_flag("equal", self.equal)
 
     def pack(self, lengths: Sequence[int] | Lengths | Tensor, *, world_size: int = 1) -> Packing:
         """Divide a window's samples over ranks and micro-batches, so that no rank waits long for another.
@@ -136,7 +137,7 @@ class TokenBudget:
             ArgumentError: no lengths, or no integers.
             BatchError: a sample is longer than the cap, or empty.
         """
-        _check_count("world_size", world_size, "number of ranks", fix="pass world_size=8")
+        check_integer("world_size", world_size, "the number of ranks", fix="pass world_size=8")
         lengths_N = checked_lengths(lengths, self.max_tokens)
         divide = _packed if self.layout == "packed" else _padded
         ranks = divide(lengths_N, self, world_size)
@@ -170,7 +171,7 @@ def balance(costs: Sequence[float] | Costs, num_parts: int) -> list[Indices]:
 
     ```
     """
-    _check_count("num_parts", num_parts, "parts to divide into", fix="pass num_parts=8")
+    check_integer("num_parts", num_parts, "the parts to divide into", fix="pass num_parts=8")
     try:
         costs_N = np.asarray(costs, dtype=np.float64)
     except (TypeError, ValueError):
@@ -325,8 +326,3 @@ def _dealt(costs: Costs, world_size: int) -> list[Indices]:
 
 def _num_slots(lengths: Lengths, layout: Layout) -> int:
     return int(lengths.sum()) if layout == "packed" else len(lengths) * int(lengths.max())
-
-
-def _check_count(what: str, value: object, meaning: str, *, fix: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(what, given=repr(value), expected=f"an integer >= 1, the {meaning}", fix=fix)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from macrobatch import tree
+from macrobatch.checks import check_integer, is_integer, is_number
 from macrobatch.errors import ArgumentError, BatchError
 from macrobatch.plan.memory import Memory
 
@@ -39,7 +40,7 @@ class Rows:
     num_rows: int
 
     def __post_init__(self) -> None:
-        _check_size("micro_batch", self.num_rows, "samples in a micro-batch")
+        check_integer("micro_batch", self.num_rows, "the samples in a micro-batch", fix="pass micro_batch=16")
 
     def split(self, batch: Any) -> list[tuple[Any, int]]:
         """The micro-batches of a macro-batch in order, each with its number of rows; views, not copies."""
@@ -74,7 +75,7 @@ class Tokens:
     trim: Callable[[Any, int], Any] | None = None
 
     def __post_init__(self) -> None:
-        _check_size("Tokens.max_tokens", self.max_tokens, "tokens in a micro-batch")
+        check_integer("Tokens.max_tokens", self.max_tokens, "the tokens in a micro-batch", fix="pass Tokens(4096, ...)")
         for name, function in (("lengths", self.lengths), ("trim", self.lengths if self.trim is None else self.trim)):
             if not callable(function):
                 raise ArgumentError(
@@ -118,7 +119,11 @@ class Tokens:
         lengths: Any = self.lengths(batch)
         values = lengths.tolist() if isinstance(lengths, Tensor | np.ndarray) else lengths
         rows = tree.num_rows(batch)
-        if not isinstance(values, list | tuple) or len(values) != rows or not all(map(_is_length, values)):
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != rows
+            or not all(is_integer(value, 0) for value in values)
+        ):
             raise BatchError(
                 "Tokens.lengths",
                 given=f"{values!r:.60} from a batch of {rows} rows",
@@ -160,7 +165,7 @@ class Auto:
 
     def __post_init__(self) -> None:
         fraction: Any = self.memory_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        if not is_number(fraction) or not 0 < fraction <= 1:
             raise ArgumentError(
                 "memory_fraction", given=repr(fraction), expected="a number in (0, 1]", fix="leave it at 0.9"
             )
@@ -212,14 +217,6 @@ def make_split(micro_batch: object, *, autos: bool = False) -> Split | Auto:
             expected="an integer, Rows(n) or Tokens(n, lengths=...); only a TrainStep finds its size out",
             fix="pass a number of samples that fits, for example micro_batch=16",
         )
-    _check_size("micro_batch", micro_batch, "samples in a micro-batch" + ', or "auto"' * autos)
+    meaning = "the samples in a micro-batch" + ', or "auto"' * autos
+    check_integer("micro_batch", micro_batch, meaning, fix="pass micro_batch=16")
     return Rows(micro_batch)  # pyright: ignore[reportArgumentType]
-
-
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_size(what: str, size: object, unit: str) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ArgumentError(what, given=repr(size), expected=f"an integer >= 1, the {unit}", fix=f"pass {what}=16")

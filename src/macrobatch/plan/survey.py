@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from macrobatch.checks import is_integer
+
 __all__ = ["Survey", "Trial", "describe", "find_fastest", "find_largest", "memory_line"]
 
 _FIRST = (2, 4, 8)  # BatchNorm refuses a single sample in training
@@ -198,7 +200,7 @@ def find_fastest(
 
 
 def _whole(number: Any) -> int | None:
-    if number is not None and (type(number) is not int or number < 0):
+    if number is not None and not is_integer(number, 0):
         raise ValueError(f"{number!r} is no number of bytes")
     return number
 

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from macrobatch.checks import check_integer
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.weighting import Plan
@@ -71,10 +72,7 @@ class ReplicatedSync(Sync):
         overlap: bool = True,
         cross_check: bool = True,
     ) -> None:
-        if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
-            raise ArgumentError(
-                "bucket_bytes", given=repr(bucket_bytes), expected="an integer >= 1", fix="leave it at its default"
-            )
+        check_integer("bucket_bytes", bucket_bytes, fix="leave it at its default")
         if wire_dtype is not None and not getattr(wire_dtype, "is_floating_point", False):
             raise ArgumentError(
                 "wire_dtype",

@@ -25,6 +25,7 @@ from macrobatch.accelerate.utils.enums import (
 )
 from macrobatch.accelerate.utils.environment import default_normalize, dynamo_from_env
 from macrobatch.accelerate.utils.sharding import FullyShardedDataParallelPlugin
+from macrobatch.checks import check_integer
 from macrobatch.errors import ArgumentError
 
 __all__ = [
@@ -230,11 +231,7 @@ class ProjectConfiguration:
     save_on_each_node: bool = False
 
     def __post_init__(self) -> None:
-        limit: object = self.total_limit
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise ArgumentError(
-                "total_limit", given=repr(limit), expected="an integer >= 1 or None", fix="pass None for all"
-            )
+        check_integer("total_limit", self.total_limit, or_none=True, fix="pass None for all")
         self.set_directories(self.project_dir)
 
     def set_directories(self, project_dir: Any = None) -> None:
@@ -269,10 +266,8 @@ class GradientAccumulationPlugin(KwargsHandler):
         widens: bool = _UNSET,
         original: bool = False,
     ) -> None:
-        if num_steps is not _UNSET and (type(num_steps) is not int or num_steps < 1):
-            raise ArgumentError(
-                "num_steps", given=repr(num_steps), expected="an integer >= 1", fix="pass 1 not to accumulate"
-            )
+        if num_steps is not _UNSET:
+            check_integer("num_steps", num_steps, fix="pass 1 not to accumulate")
         if original and (normalize not in (_UNSET, "constant") or widens not in (_UNSET, False)):
             raise ArgumentError(
                 "original",

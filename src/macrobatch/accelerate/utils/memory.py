@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from macrobatch.errors import ArgumentError
+from macrobatch.checks import check_integer
 
 __all__ = [
     "clear_device_cache",
@@ -79,10 +79,7 @@ def find_executable_batch_size(
 
     ```
     """
-    if type(starting_batch_size) is not int or starting_batch_size < 1:
-        raise ArgumentError(
-            "starting_batch_size", given=repr(starting_batch_size), expected="an integer >= 1", fix="pass 128"
-        )
+    check_integer("starting_batch_size", starting_batch_size, fix="pass 128")
     if function is None:
         return functools.partial(
             find_executable_batch_size,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from macrobatch.checks import is_integer
 from macrobatch.colossalai.context.config import Config, ConfigException
 from macrobatch.colossalai.context.parallel_mode import ParallelMode
 from macrobatch.errors import ArgumentError
@@ -185,9 +186,9 @@ def read_config(config: Mapping[str, Any] | str | Path) -> Config:
     )
 
 
-def checked_seed(seed: object) -> int:
+def checked_seed(seed: Any) -> int:
     """The seed, if all three generators take it."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_integer(seed, 0) or seed >= 2**32:
         raise ArgumentError("seed", given=repr(seed), expected="an integer from 0 to 2**32 - 1", fix="pass seed=1024")
     return seed
 

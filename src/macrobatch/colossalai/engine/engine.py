@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from macrobatch.checks import check_number
 from macrobatch.colossalai.engine.gradient_accumulation import GradAccumOptimizer, samples_of
 from macrobatch.colossalai.engine.ophooks import BaseOpHook, OpHooks
 from macrobatch.colossalai.engine.schedule import NonPipelineSchedule
 from macrobatch.core.precision import Precision
-from macrobatch.errors import ArgumentError
 from macrobatch.tree import map_tensors
 
 __all__ = ["Engine"]
@@ -55,18 +54,14 @@ class Engine:
         verbose: bool = True,
         schedule: Any = None,
     ) -> None:
-        limit: object = clip_grad_norm
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < math.inf:
-            raise ArgumentError(
-                "clip_grad_norm", given=repr(limit), expected="a finite number >= 0", fix="pass 0.0 not to clip"
-            )
+        check_number("clip_grad_norm", clip_grad_norm, fix="pass 0.0 not to clip")
         self._model = model
         self._criterion = criterion
         self._optimizer = (
             optimizer if isinstance(optimizer, GradAccumOptimizer) else GradAccumOptimizer(optimizer, 1, model)
         )
         self._gradient_handlers = list(gradient_handlers or ())
-        self._clip_grad_norm = float(limit)
+        self._clip_grad_norm = float(clip_grad_norm)
         self._ophooks = OpHooks(model, ophook_list or ())
         self._schedule = NonPipelineSchedule() if schedule is None else schedule
         self.training = True

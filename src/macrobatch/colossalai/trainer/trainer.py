@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
+from macrobatch.checks import check_integer
 from macrobatch.colossalai.engine.gradient_accumulation import GradAccumDataloader
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
 from macrobatch.colossalai.utils.common import is_dp_rank_0
@@ -79,13 +80,9 @@ class Trainer:
         Raises:
             ArgumentError: an argument is out of its domain.
         """
-        for name, value, lowest in (("epochs", epochs, 0), ("test_interval", test_interval, 1)):
-            if type(value) is not int or value < lowest:
-                raise ArgumentError(name, given=repr(value), expected=f"an integer >= {lowest}", fix="pass 1")
-        if max_steps is not None and (type(max_steps) is not int or max_steps < 1):
-            raise ArgumentError(
-                "max_steps", given=repr(max_steps), expected="an integer >= 1, or None", fix="leave it out"
-            )
+        check_integer("epochs", epochs, at_least=0, fix="pass 1")
+        check_integer("test_interval", test_interval, fix="pass 1")
+        check_integer("max_steps", max_steps, or_none=True, fix="leave it out")
         self.max_epochs, self.max_steps = epochs, max_steps
         self._attach(hooks)
         loader = train_dataloader

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
+from macrobatch.checks import is_number
 from macrobatch.colossalai.nn.lr_scheduler.delayed import (
     DelayerScheduler,
     WarmupDelayerScheduler,
@@ -122,6 +123,6 @@ def _rest(total_steps: object, warmup_steps: object) -> int:
 
 
 def _checked_share(pct_start: float) -> float:
-    if isinstance(pct_start, bool) or not isinstance(pct_start, int | float) or not 0 <= pct_start <= 1:
+    if not is_number(pct_start) or not 0 <= pct_start <= 1:
         raise ArgumentError("pct_start", given=repr(pct_start), expected="a number from 0 to 1", fix="leave it out")
     return pct_start

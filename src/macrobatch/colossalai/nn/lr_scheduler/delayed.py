@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from macrobatch.checks import is_integer
 from macrobatch.errors import ArgumentError, StateError
 
 __all__ = ["DelayerScheduler", "WarmupDelayerScheduler", "WarmupScheduler", "checked_steps", "step_after"]
@@ -157,13 +158,13 @@ def step_after(optimizer: Optimizer, delay: int, last_epoch: int) -> int:
     return -1
 
 
-def checked_steps(what: str, value: object, lowest: int = 0, highest: float = math.inf) -> int:
+def checked_steps(what: str, value: Any, lowest: int = 0, highest: float = math.inf) -> int:
     """The number of steps, if it is an integer within the bounds.
 
     Raises:
         ArgumentError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+    if not is_integer(value, lowest) or value > highest:
         bounds = f">= {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
         raise ArgumentError(
             what, given=repr(value), expected=f"an integer {bounds}", fix="count optimizer steps, or epochs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from macrobatch.checks import check_integer
 from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
 from macrobatch.colossalai.trainer.hooks.lr_scheduler_hook import LRSchedulerHook
@@ -33,8 +34,7 @@ class SaveCheckpointHook(BaseHook):
         priority: int = 10,
     ) -> None:
         super().__init__(priority)
-        if type(interval) is not int or interval < 1:
-            raise ArgumentError("interval", given=repr(interval), expected="an integer >= 1", fix="pass 1")
+        check_integer("interval", interval, fix="pass 1")
         if checkpoint_dir is None:
             raise ArgumentError("checkpoint_dir", given=None, expected="a file or a folder", fix="pass one")
         self.interval = interval

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from macrobatch.checks import check_integer
 from macrobatch.colossalai.context import ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
 from macrobatch.colossalai.utils.memory import report_memory_usage
-from macrobatch.errors import ArgumentError
 
 __all__ = [
     "LogMemoryByEpochHook",
@@ -48,8 +48,7 @@ class LogMetricByStepHook(BaseHook):
 class _EveryFewEpochs(BaseHook):
     def __init__(self, logger: Any, interval: int = 1, priority: int = 10) -> None:
         super().__init__(priority)
-        if type(interval) is not int or interval < 1:
-            raise ArgumentError("interval", given=repr(interval), expected="epochs, an integer >= 1", fix="pass 1")
+        check_integer("interval", interval, "the epochs from one log to the next", fix="pass 1")
         self.logger = logger
         self.interval = interval
 
