@@ -31,6 +31,10 @@ def squares(model, x):
     return model(x).square().mean()
 
 
+def two():
+    return 1, 2
+
+
 def exact():
     return nn.Linear(3, 1), squares, torch.randn(5, 3)
 
@@ -124,6 +128,7 @@ FILES = {
     "package/relative.py": "from .data import exact\n",
     "broken.py": "import no_such_package_at_all\n",
     "unreadable.py": "def case(:\n",
+    "faulty.py": "import torch\ndef helper():\n    torch.no_such_name\nhelper()\n",
 }
 
 
@@ -353,6 +358,12 @@ def test_error_of_the_user_is_one_message_and_exits_with_2(command):
     assert message == "RuntimeError: [bold]brackets[/bold] are shown as they are\n(--debug shows where)\n"
 
 
+def test_a_name_between_colons_is_shown_as_it_is(command):
+    """To rich, ":two:" is a picture."""
+    message = refused_in_one_message(command("verify", "cases.py:two"))
+    assert message.startswith("error: cases.py:two: given a tuple; ")
+
+
 @pytest.mark.parametrize(
     ("target", "kind"),
     [
@@ -391,6 +402,14 @@ def test_debug_shows_the_traceback(command, monkeypatch, target, kind, arguments
     assert outcome.code == 2
     assert "Traceback (most recent call last)" in outcome.err
     assert kind.__name__ in outcome.err
+
+
+@pytest.mark.parametrize("target", ["faulty:case", "faulty.py:case"])
+def test_debug_shows_where_a_module_failed(command, target):
+    assert "faulty.py" not in command("verify", "faulty:case").err
+    error = command("verify", target, "--debug").err
+    assert "in helper" in error
+    assert "torch.no_such_name" in error
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 4])
@@ -447,3 +466,19 @@ def test_plan_of_a_model_shows_what_was_tried_and_chosen(command, tmp_path, case
 def test_plan_of_something_else_exits_with_2(command):
     message = refused_in_one_message(command("plan", "cases:exact"))
     assert message.endswith("expected (model, optimizer, loss_fn, batch). To fix it, return these four.\n")
+
+
+@pytest.mark.parametrize("options", [("--world", "8"), ("--step", "4:1"), ("--policy", "keep-last")], ids=" ".join)
+def test_plan_of_a_model_takes_no_option_of_the_estimate(command, options):
+    message = refused_in_one_message(command("plan", "cases:planned", *options))
+    assert message.startswith(f"error: plan: given {options[0]} beside MODULE:FUNCTION; ")
+
+
+@pytest.mark.parametrize("target", [(), ("cases:absent",)], ids=["estimate", "measure"])
+@pytest.mark.parametrize(
+    ("path", "expected"), [("no_such_folder/plan.png", "make no_such_folder first"), ("plan.xyz", "ends in .png")]
+)
+def test_plot_that_could_not_be_written_is_refused_before_anything_is_measured(command, target, path, expected):
+    message = refused_in_one_message(command("plan", *target, "--plot", path))
+    assert message.startswith(f"error: --plot: given {path}; ")
+    assert expected in message

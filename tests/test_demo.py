@@ -310,10 +310,10 @@ def test_ignored_ctrl_c_stays_ignored(sigint: None):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
-def test_missing_package_says_how_to_get_it(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
+def test_missing_package_says_how_to_get_it(module: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "macrobatch\[demo\]"'):
+    with pytest.raises(MissingDependencyError, match=rf"run: pip install {package}\."):
         run(DemoOptions(out=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 

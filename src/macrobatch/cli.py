@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _DEBUG = "--debug"
+_PARAMETERS, _GLOBAL_BATCH, _POLICY = 163e6, 65536, "replicas"  # GPT-2's, where nothing was measured
 
 
 @app.callback()
@@ -69,7 +70,7 @@ def verify(
     1 if not.
     """
     report = verify_gradient(**_case(target), micro_batch=micro_batch, against=against or None)
-    Console(soft_wrap=True).print(str(report), style="green" if report.ok else "yellow", markup=False, highlight=False)
+    _console(soft_wrap=True, highlight=False).print(str(report), style="green" if report.ok else "yellow")
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -127,11 +128,13 @@ def plan(
         list[str] | None,
         typer.Option(metavar="SIZE:MS", help="Samples in a micro-batch and its milliseconds; at least two sizes."),
     ] = None,
-    parameters: Annotated[float, typer.Option(min=1, help="Number of parameters.")] = 163e6,
-    global_batch: Annotated[int, typer.Option(min=1, help="Samples of the macro-batch over all ranks.")] = 65536,
+    parameters: Annotated[float, typer.Option(min=1, help="Number of parameters.")] = _PARAMETERS,
+    global_batch: Annotated[
+        int, typer.Option(min=1, help="Samples of the macro-batch over all ranks.")
+    ] = _GLOBAL_BATCH,
     policy: Annotated[
         str, typer.Option(help="replicas, or for shards keep-last, keep-each, reshard-last, reshard-each.")
-    ] = "replicas",
+    ] = _POLICY,
     plot: Annotated[Path | None, typer.Option(help="Draw what was found into this PNG.")] = None,
 ) -> None:
     """Find the fastest micro-batch that fits for your own model here, or estimate any number of ranks.
@@ -142,7 +145,21 @@ def plan(
     Without: estimates a window's time and efficiency, from the time of a micro-step on one rank. Without --step, it is
     that of GPT-2 (T 1024, bf16, captured) on an H200.
     """
+    if plot is not None:
+        from macrobatch.plan.picture import check_picture
+
+        check_picture(plot)
     if target is not None:
+        _refuse_estimates(
+            {
+                "--world": world,
+                "--link": link,
+                "--step": step,
+                "--parameters": parameters != _PARAMETERS,
+                "--global-batch": global_batch != _GLOBAL_BATCH,
+                "--policy": policy != _POLICY,
+            }
+        )
         _plan_for(_case(target, ("model", "optimizer", "loss_fn", "batch"), further=True), plot)
         return
     from macrobatch.plan.command import ScalingOptions, draw_scaling, print_scaling
@@ -157,7 +174,7 @@ def plan(
     )
     if plot is not None:
         draw_scaling(options, plot)
-    print_scaling(options, Console())
+    print_scaling(options, _console())
 
 
 @app.command("env")
@@ -166,13 +183,13 @@ def show_env() -> None:
     table = Table(show_header=False, box=None)
     for name, value in env.description().items():
         table.add_row(name, value)
-    Console().print(table)
+    _console().print(table)
 
 
 def main() -> None:
     """Run the command line; errors are one message, with a traceback only on request. Exit code 2 for any of them."""
     debug = _DEBUG in sys.argv or env.debug()
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console = _console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app([word for word in sys.argv[1:] if word != _DEBUG])
     except Exception as error:
@@ -183,6 +200,23 @@ def main() -> None:
         text = f"error: {error}" if of_ours else f"{type(error).__name__}: {error}\n({_DEBUG} shows where)"
         console.print(text, style="red")
         raise SystemExit(2) from None
+
+
+def _console(**options: Any) -> Console:
+    """What it prints, paths and messages above all, is shown as it is: no ":two:" becomes a picture of a 2."""
+    return Console(markup=False, emoji=False, **options)
+
+
+def _refuse_estimates(given: Mapping[str, object]) -> None:
+    """Options of the estimate say nothing about what is measured here."""
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise ArgumentError(
+            "plan",
+            given=f"{', '.join(names)} beside MODULE:FUNCTION",
+            expected="a function to measure here, or options to estimate from",
+            fix="measure first, then leave the function out and pass two of the times as --step SIZE:MS",
+        )
 
 
 def _plan_for(case: dict[str, Any], plot: Path | None) -> None:
@@ -199,7 +233,7 @@ def _plan_for(case: dict[str, Any], plot: Path | None) -> None:
     step.split.cut(batch)
     survey = step.split.survey
     assert survey is not None
-    print_survey(survey, Console())
+    print_survey(survey, _console())
     if plot is not None:
         draw_survey(survey, plot)
 
@@ -217,7 +251,7 @@ def _case(
             given=f"{target!r} ({error})",
             expected="an importable module or a file, and a function in it",
             fix="name it as in train.py:case, where case is a function of train.py",
-        ) from None
+        ) from error
     if not callable(function):
         raise ArgumentError(
             target,

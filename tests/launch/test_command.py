@@ -10,7 +10,7 @@ import torch
 
 from macrobatch.cli import main
 from macrobatch.errors import ArgumentError
-from macrobatch.launch.command import Options
+from macrobatch.launch.command import Options, run
 
 ONE_HOST = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
 
@@ -107,10 +107,14 @@ def test_one_rank_per_gpu(monkeypatch):
     ("options", "message"),
     [
         (Options(nnodes="two"), r"--nnodes: given 'two'.*1:4"),
-        (Options(nnodes="0"), "--nnodes: given '0'"),
-        (Options(nnodes="3:2"), "--nnodes: given '3:2'"),
+        (Options(nnodes="0"), r"--nnodes: given '0'.*a number of machines, at least 1"),
+        (Options(nnodes="3:2"), r"--nnodes: given '3:2'.*MIN:MAX with 1 <= MIN <= MAX"),
         (Options(nnodes="1:2:3"), "--nnodes: given '1:2:3'"),
         (Options(nnodes="2"), r"--rdzv: given None.*HOST:PORT"),
+        (Options(nnodes="2", rdzv="host-a:port"), r"--rdzv: given 'host-a:port'.*a port from 1 to 65535"),
+        (Options(nnodes="2", rdzv="host-a:port", node_rank=0), r"--rdzv: given 'host-a:port'"),
+        (Options(nnodes="2", rdzv="host-a:65536"), r"--rdzv: given 'host-a:65536'"),
+        (Options(nnodes="2", rdzv=":29400"), r"--rdzv: given ':29400'.*HOST:PORT"),
         (Options(rdzv="host-a:1"), "add --nnodes"),
         (Options(node_rank=0), "add --nnodes"),
         (Options(nnodes="2", rdzv="host-a:1", node_rank=2), r"--node-rank: given 2 of 2 machines"),
@@ -172,6 +176,12 @@ def test_help_names_the_options(monkeypatch, capsys):
         main()
     out = capsys.readouterr().out
     assert all(name in out for name in ("--nproc", "--nnodes", "--node-rank", "--rdzv", "--module"))
+
+
+def test_a_script_that_is_not_there_is_refused_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=r"given the script 'train.py'; expected a file that is there.*--module"):
+        run("train.py", [], Options())
 
 
 def test_a_wrong_option_is_one_message(monkeypatch, capsys):

@@ -143,7 +143,7 @@ def _require_dependencies() -> None:
             "macrobatch demo",
             given=f"no {' and no '.join(missing)}",
             expected="scikit-learn (the images) and matplotlib (the plots)",
-            fix='run: pip install "macrobatch[demo]"',
+            fix=f"run: pip install {' '.join(missing)}",
         )
 
 

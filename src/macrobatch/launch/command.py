@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,7 @@ class Options:
                 expected="an address at which the machines meet",
                 fix="pass --rdzv HOST:PORT on every machine, HOST being one of them",
             )
+        _checked_meeting(self.rdzv)
         if self.node_rank is None:
             return ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.rdzv}"]
         if lowest != highest or not 0 <= self.node_rank < highest:
@@ -105,12 +107,12 @@ class Options:
                 expected="a fixed number of machines, and 0 to one less than it",
                 fix="leave --node-rank out and let torchrun number the machines",
             )
-        host, colon, port = self.rdzv.rpartition(":")
+        host, port = _checked_meeting(self.rdzv)
         return [
             "--rdzv-backend=static",
             f"--node-rank={self.node_rank}",
-            f"--master-addr={host if colon else self.rdzv}",
-            f"--master-port={port if colon else 29500}",
+            f"--master-addr={host}",
+            f"--master-port={port}",
         ]
 
 
@@ -128,8 +130,19 @@ def run(script: str, arguments: Sequence[str], options: Options) -> Outcome:
 
     Returns:
         The exit code of the rank that failed first; 128 + N if that was signal N.
+
+    Raises:
+        ArgumentError: options that do not fit together, or no such script.
     """
-    parsed = torchrun.parse_args([*options.arguments(), script])
+    before = options.arguments()
+    if not options.module and not Path(script).exists():
+        raise ArgumentError(
+            "launch",
+            given=f"the script {script!r}",
+            expected="a file that is there",
+            fix="check the path from the folder you are in; a module, as for python -m, goes with --module",
+        )
+    parsed = torchrun.parse_args([*before, script])
     parsed.training_script_args = list(arguments)  # torchrun's parser trips over some that resemble its own
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, env.num_cores() // int(parsed.nproc_per_node))))
     try:
@@ -146,13 +159,28 @@ def run(script: str, arguments: Sequence[str], options: Options) -> Outcome:
     return Outcome(0)
 
 
+def _checked_meeting(rdzv: str) -> tuple[str, int]:
+    """Host and port of an address; without a port, torchrun's own."""
+    host, colon, port = rdzv.rpartition(":")
+    if not colon:
+        host, port = rdzv, "29500"
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ArgumentError(
+            "--rdzv",
+            given=repr(rdzv),
+            expected="HOST:PORT, with a port from 1 to 65535",
+            fix="pass --rdzv HOST:29400, HOST being the name of one of the machines",
+        )
+    return host, int(port)
+
+
 def _checked_nnodes(nnodes: str) -> tuple[int, int]:
     lowest, _, highest = nnodes.partition(":")
     if not lowest.isdecimal() or not (highest or lowest).isdecimal() or not 1 <= int(lowest) <= int(highest or lowest):
         raise ArgumentError(
             "--nnodes",
             given=repr(nnodes),
-            expected='a number, or a range as in "1:4"',
+            expected='a number of machines, at least 1, or a range MIN:MAX with 1 <= MIN <= MAX, as in "1:4"',
             fix="pass --nnodes 2, for example",
         )
     return int(lowest), int(highest or lowest)

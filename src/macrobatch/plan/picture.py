@@ -12,14 +12,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from macrobatch.errors import MissingDependencyError
+from macrobatch.errors import ArgumentError, MissingDependencyError
 from macrobatch.plan.survey import Survey, memory_line
 
-__all__ = ["TABLE", "draw_survey", "new_figure", "print_survey"]
+__all__ = ["TABLE", "check_picture", "draw_survey", "new_figure", "print_survey"]
 
 TABLE: Mapping[str, Any] = MappingProxyType({"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)})
 """How a table looks that is to have room for its columns in 80 characters."""
 
+_KINDS = (".png", ".svg", ".pdf")
 _BLUE, _ORANGE, _INK, _FAINT = "#0072b2", "#d55e00", "#222222", "#dddddd"
 
 
@@ -66,19 +67,31 @@ def print_survey(survey: Survey, console: Console) -> None:
     console.print(f"micro_batch={survey.size}", style="bold", highlight=False)
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be written, before hours are spent on what it shows.
+
+    Raises:
+        ArgumentError: a file of another kind, or in a folder that is not there.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if path.suffix not in _KINDS:
+        raise ArgumentError(
+            "--plot", given=str(path), expected=f"a file that ends in {', '.join(_KINDS)}", fix="pass --plot plan.png"
+        )
+    if not path.parent.is_dir():
+        raise ArgumentError(
+            "--plot", given=str(path), expected="a file in a folder that is there", fix=f"make {path.parent} first"
+        )
+    _refuse_without_matplotlib()
+
+
 def new_figure(height: float) -> Any:
     """A matplotlib figure of one width, and a height in inches.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            "--plot",
-            given="no matplotlib",
-            expected="matplotlib, to draw",
-            fix='run: pip install "macrobatch[plot]", or leave --plot out',
-        )
+    _refuse_without_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7.6, height), layout="constrained")
@@ -123,3 +136,13 @@ def _megabytes(number: int) -> str:
 def _readable(number: float) -> str:
     """Three digits or more, without an exponent for large numbers."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _refuse_without_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError(
+            "--plot",
+            given="no matplotlib",
+            expected="matplotlib, to draw",
+            fix="run: pip install matplotlib, or leave --plot out",
+        )
