@@ -319,6 +319,29 @@ def of_another_window(path: Path) -> None:
     torch.save(state, path)
 
 
+def without_moments(path: Path) -> None:
+    state = torch.load(path)
+    del state["state"]
+    torch.save(state, path)
+
+
+def without_a_tally(path: Path) -> None:
+    state = torch.load(path)
+    del state["windows"][0]["pending"]["tally"]
+    torch.save(state, path)
+
+
+def with_half_a_term(path: Path) -> None:
+    state = torch.load(path)
+    for term in state["windows"][0]["pending"]["tally"].values():
+        term["losses"].pop()
+    torch.save(state, path)
+
+
+def nothing(path: Path) -> None:
+    torch.save({}, path)
+
+
 def a_list(path: Path) -> None:
     torch.save([1, 2], path)
 
@@ -342,6 +365,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "foreign optimizer": ("optimizer.bin", of_another_optimizer),
     "fewer groups": ("optimizer.bin", of_fewer_groups),
     "other shapes": ("optimizer.bin", of_other_shapes),
+    "no moments": ("optimizer.bin", without_moments),
+    "empty scheduler": ("scheduler.bin", nothing),
+    "no tally": ("window_0.bin", without_a_tally),
+    "half a term": ("window_0.bin", with_half_a_term),
     "foreign scheduler": ("scheduler.bin", of_another_scheduler),
     "foreign window": ("window_0.bin", of_another_window),
 }
@@ -372,6 +399,66 @@ def test_what_is_damaged_changes_nothing(tmp_path: Path, damage: str):
         run.accelerator.load_state(tmp_path / "checkpoint")
     assert repr(all_of(run)) == repr(before)
     assert counter.value == 1
+
+
+class TwoWindows:
+    """Two models with a window each, of three micro-batches."""
+
+    def __init__(self) -> None:
+        reset()
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        torch.manual_seed(0)
+        models: list[Any] = [nn.Linear(2, 1).double(), nn.Linear(3, 1).double()]
+        optimizers: list[Any] = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+        *prepared, self.first, self.second = self.accelerator.prepare(*models, *optimizers)
+        self.models = prepared
+
+    def train(self, start: int, stop: int) -> list[Tensor]:
+        inputs = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for x in inputs[start:stop]:
+            for model, optimizer, part in zip(self.models, (self.first, self.second), x.split([2, 3], 1), strict=True):
+                with self.accelerator.accumulate(model):
+                    self.accelerator.backward(model(part).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return [param.detach().clone() for model in self.models for param in model.parameters()]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_windows_of_their_own_go_on_each(tmp_path: Path, stop: int):
+    """In a process in which nothing has been accumulated yet, so that there are no windows."""
+    expected = TwoWindows().train(0, 6)
+    begun = TwoWindows()
+    begun.train(0, stop)
+    begun.accelerator.save_state(tmp_path)
+    resumed = TwoWindows()
+    resumed.accelerator.load_state(tmp_path)
+    assert all(map(torch.equal, resumed.train(stop, 6), expected))
+
+
+def test_one_window_that_does_not_fit_leaves_the_others_alone(tmp_path: Path):
+    run = TwoWindows()
+    run.train(0, 2)
+    run.accelerator.save_state(tmp_path)
+    path = tmp_path / "window_0.bin"
+    state = torch.load(path)
+    state["windows"][1]["pending"]["gradients"][0] = torch.zeros(2)
+    torch.save(state, path)
+    run.train(2, 5)
+    before = repr(run.accelerator._counting.state_dict())
+    with pytest.raises(StateError, match="other shapes"):
+        run.accelerator.load_state(tmp_path)
+    assert repr(run.accelerator._counting.state_dict()) == before
+
+
+def test_a_window_that_the_checkpoint_has_not_is_given_up(tmp_path: Path):
+    fresh = TwoWindows()
+    fresh.accelerator.save_state(tmp_path)
+    expected = fresh.train(0, 6)
+    run = TwoWindows()
+    run.train(0, 2)
+    run.accelerator.load_state(tmp_path)
+    assert all(map(torch.equal, run.train(0, 6), expected))
 
 
 def test_another_model_is_refused(tmp_path: Path):
@@ -514,6 +601,62 @@ def test_what_cannot_be_saved_leaves_nothing_and_hangs_nobody(ranks: Any, tmp_pa
     assert first not in ("", "PeerError")
     assert second == "PeerError"
     assert list(tmp_path.iterdir()) == []
+
+
+class Unwilling(Counter):
+    """What refuses to be loaded on the second rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.rank == 1:
+            raise KeyError("a key of my own")
+
+
+def fails_on_one_rank(folder: Path, where: str) -> str:
+    """What a rank hears of an error on another one, and that they can go on together afterwards."""
+    is_saving = where.startswith("save")
+    rank = dist.get_rank()
+    own = folder / str(rank) if where == "save, a folder that is there" else folder
+    run = Run(**naming(own, total_limit=1))
+    accelerator = run.accelerator
+    accelerator.project_configuration.iteration = 5
+    if where == "load, an object":
+        accelerator.register_for_checkpointing(Unwilling(rank))
+    if where == "load, a hook":
+        accelerator.register_load_state_pre_hook(lambda *_: 1 // rank)
+    if not is_saving:
+        accelerator.save_state()
+    elif rank == 0 and where == "save, a folder that is there":
+        (own / "checkpoints" / "checkpoint_5").mkdir(parents=True)
+    elif rank == 0 and where == "save, an old one that stays":
+        (own / "checkpoints").mkdir(parents=True)
+        (own / "checkpoints" / "checkpoint_1").write_text("not a folder, which cannot be removed like one")
+    elif where == "save, a loader":
+        run.loader.state_dict = lambda: {"of": 1 // rank}
+    try:
+        accelerator.save_state() if is_saving else accelerator.load_state()
+    except Exception as error:
+        assert int(accelerator.gather(torch.tensor([rank])).sum()) == 1
+        return type(error).__name__
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("where", "rank", "error"),
+    [
+        ("load, an object", 1, "KeyError"),
+        ("load, a hook", 0, "ZeroDivisionError"),
+        ("save, a folder that is there", 0, "ArgumentError"),
+        ("save, an old one that stays", 0, "NotADirectoryError"),
+        ("save, a loader", 0, "ZeroDivisionError"),
+    ],
+)
+def test_nobody_waits_for_a_rank_with_an_error(ranks: Any, tmp_path: Path, where: str, rank: int, error: str):
+    heard = ["PeerError", "PeerError"]
+    heard[rank] = error
+    assert ranks(2, timeout_s=20.0).run(fails_on_one_rank, tmp_path, where) == heard
 
 
 # --- parts ---

@@ -229,6 +229,9 @@ class Run:
         self.optimizer.step()
         self.scheduler.step()
 
+    def state(self):
+        return [each.state_dict() for each in (self.model, self.optimizer, self.scheduler)]
+
 
 def test_going_on_from_a_checkpoint(tmp_path):
     file = tmp_path / "folder" / "epoch.pt"
@@ -277,6 +280,21 @@ def damaged(kind, path, run):
     elif kind == "other optimizer":
         other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         torch.save({"epoch": 1, "model": run.model.state_dict(), "optimizer": other.state_dict()}, path)
+    elif kind == "no moments":
+        torch.save(
+            {**torch.load(path), "optimizer": {"param_groups": run.optimizer.state_dict()["param_groups"]}}, path
+        )
+    elif kind == "other moments":
+        saved = torch.load(path)
+        saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+        torch.save(saved, path)
+    elif kind == "other scheduler":
+        other = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
+        torch.save({**torch.load(path), "lr_scheduler": other.state_dict()}, path)
+    elif kind == "no scheduler":
+        torch.save({**torch.load(path), "lr_scheduler": {}}, path)
+    elif kind == "no tensor":
+        torch.save({**torch.load(path), "model": {**run.model.state_dict(), "weight": 1.0}}, path)
     elif kind == "no epoch":
         torch.save({"model": run.model.state_dict()}, path)
     elif kind == "no file":
@@ -285,18 +303,48 @@ def damaged(kind, path, run):
 
 @pytest.mark.parametrize(
     "kind",
-    ["truncated", "empty", "code", "list", "shape", "missing entry", "other optimizer", "no epoch", "no file"],
+    [
+        "truncated",
+        "empty",
+        "code",
+        "list",
+        "shape",
+        "missing entry",
+        "no tensor",
+        "other optimizer",
+        "no moments",
+        "other moments",
+        "other scheduler",
+        "no scheduler",
+        "no epoch",
+        "no file",
+    ],
 )
 def test_a_damaged_checkpoint_changes_nothing(tmp_path, capfd, kind):
     run, other = Run(), Run(seed=1)
+    run.update()
     path = tmp_path / "a.pt"
-    utils.save_checkpoint(path, 1, run.model, run.optimizer)
+    utils.save_checkpoint(path, 1, run.model, run.optimizer, run.scheduler)
     damaged(kind, path, run)
-    before = other.model.weight.clone()
+    before = repr(other.state())
     with pytest.raises(StateError):
-        utils.load_checkpoint(path, other.model, other.optimizer)
-    assert torch.equal(other.model.weight, before)
+        utils.load_checkpoint(path, other.model, other.optimizer, other.scheduler)
+    assert repr(other.state()) == before
     assert "run" not in capfd.readouterr().out
+
+
+def test_what_only_one_of_them_can_refuse_is_taken_back_from_the_others(tmp_path):
+    class Unwilling(WindowState):
+        def load_state_dict(self, state):
+            raise KeyError("a key of its own")
+
+    run, other = Run(), Run(seed=1)
+    run.update()
+    utils.save_checkpoint(tmp_path / "a.pt", 1, run.model, run.optimizer, run.scheduler, WindowState(1.0))
+    before = repr(other.state())
+    with pytest.raises(KeyError, match="of its own"):
+        utils.load_checkpoint(tmp_path / "a.pt", other.model, other.optimizer, other.scheduler, engine=Unwilling())
+    assert repr(other.state()) == before
 
 
 def test_not_strict(tmp_path):
@@ -332,6 +380,11 @@ class WindowState:
 
     def state_dict(self):
         return self.state
+
+    def check_state_dict(self, state):
+        (gradient,) = [None] if state["pending"] is None else state["pending"]["gradients"]
+        if gradient is not None and gradient.ndim:
+            raise StateError("a window", given=gradient, expected="a number", fix="save one")
 
     def load_state_dict(self, state):
         self.state = state
@@ -375,6 +428,24 @@ def job_of_saving(file):
         utils.save_checkpoint(file, epoch, model, engine=WindowState(10.0 * epoch + rank))
     loaded = WindowState()
     return utils.load_checkpoint(file, model, engine=loaded), loaded.gradient
+
+
+def job_of_loading_a_part_that_does_not_fit(file):
+    """By rank: what a load raises where the second rank's part is of another shape, and what has changed."""
+    torch.manual_seed(0)
+    run, rank = Run(seed=1), gpc.get_global_rank()
+    utils.save_checkpoint(file, 0, Run().model, engine=WindowState([1.0] if rank else 1.0))
+    before, engine = repr(run.state()), WindowState()
+    try:
+        utils.load_checkpoint(file, run.model, engine=engine)
+    except Exception as error:
+        return type(error).__name__, repr(run.state()) == before, engine.state["pending"]
+    return "", None, None
+
+
+def test_all_ranks_take_a_checkpoint_over_or_none(ranks, tmp_path):
+    outcomes = ranks(2, timeout_s=20.0).run(job_of_loading_a_part_that_does_not_fit, str(tmp_path / "a.pt"))
+    assert outcomes == [("PeerError", True, None), ("StateError", True, None)]
 
 
 def test_every_rank_has_its_own_part_of_a_window(ranks, tmp_path):

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from macrobatch.accelerate.attendance import Attendance, Present
+from macrobatch.accelerate.attendance import Attendance
 from macrobatch.accelerate.counting import WindowCounting
 from macrobatch.accelerate.original import OriginalCounting
 from macrobatch.accelerate.position import check_state
@@ -22,10 +22,8 @@ from macrobatch.accelerate.processes import Processes
 from macrobatch.accelerate.sharded_states import load_optimizer, load_weights, optimizer_state, whole_weights
 from macrobatch.accelerate.state_files import (
     by_rank,
-    check_optimizer,
     check_pending,
     check_random_states,
-    check_scheduler,
     check_weights,
     num_bytes,
     numbered,
@@ -49,6 +47,7 @@ from macrobatch.accelerate.utils.other import (
     model_has_dtensor,
 )
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
+from macrobatch.checkpoint.fit import check_optimizer, check_scheduler
 from macrobatch.checkpoint.io import partial_folder, recover
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 
@@ -125,9 +124,12 @@ class Checkpoints(Processes):
         Raises:
             WindowError: a micro-batch is under way, or only the main process called in the middle of a window.
         """
-        folder = self._new_folder(output_dir)
-        own = self._counting.state_dict()
-        present = self._present(folder)
+        with self._together("save_state") if self._takes_all else nullcontext():
+            folder = self._new_folder(output_dir)
+            own = self._counting.state_dict()
+        present = "all"
+        if not self._takes_all:
+            present = self._attendance.meet(str(folder), rank=self.process_index, world_size=self.num_processes)
         if present == "main" and any(window["pending"] is not None for window in own["windows"]):
             raise WindowError(
                 "save_state",
@@ -144,18 +146,19 @@ class Checkpoints(Processes):
         self.project_configuration.iteration += 1
         return str(folder)
 
-    def _present(self, folder: Path) -> Present:
-        if self.project_configuration.automatic_checkpoint_naming or any(map(model_has_dtensor, self._models)):
-            return "all"
-        return self._attendance.meet(str(folder), rank=self.process_index, world_size=self.num_processes)
+    @property
+    def _takes_all(self) -> bool:
+        """Whether a save needs all ranks, so that none of them could be alone."""
+        return self.project_configuration.automatic_checkpoint_naming or any(map(model_has_dtensor, self._models))
 
     def _write(self, folder: Path, own_pending: dict[str, Any], safe_serialization: bool) -> None:
         config: Any = self.project_configuration
         pending = self._gathered(own_pending)
-        loaders = [loader.state_dict() for loader in self._dataloaders if hasattr(loader, "state_dict")]
         generators = self._gathered(random_states())
-        models, weights = self._bare_models, [self.get_state_dict(model) for model in self._models]
-        optimizers = [optimizer_state(optimizer, self._models) for optimizer in self._optimizers]
+        with self._together("save_state"):
+            loaders = [loader.state_dict() for loader in self._dataloaders if hasattr(loader, "state_dict")]
+            models, weights = self._bare_models, [self.get_state_dict(model) for model in self._models]
+            optimizers = [optimizer_state(optimizer, self._models) for optimizer in self._optimizers]
         name = SAFE_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
         with self._together("save_state"), ExitStack() as stack:
             with self._together("save_state"):
@@ -176,11 +179,10 @@ class Checkpoints(Processes):
                     save_file(state, place / f"{_WINDOW_NAME}_{rank}.bin")
                 for index, obj in enumerate(self._custom_objects):
                     save_file(obj.state_dict(), place / f"custom_checkpoint_{index}.pkl")
-        if self._writes and config.automatic_checkpoint_naming and config.total_limit is not None:
-            for old in numbered_folders(folder.parent)[: -config.total_limit]:
-                shutil.rmtree(old)
-        if not self._is_alone:
-            self.wait_for_everyone()
+        with self._together("save_state"):
+            if self._writes and config.automatic_checkpoint_naming and config.total_limit is not None:
+                for old in numbered_folders(folder.parent)[: -config.total_limit]:
+                    shutil.rmtree(old)
 
     def load_state(self, input_dir: Any = None, load_kwargs: Any = None, **load_model_func_kwargs: Any) -> None:
         """Go on from a checkpoint, of any number of ranks (of as many, in the middle of a window of a sharded model).
@@ -199,20 +201,29 @@ class Checkpoints(Processes):
         with self._together("load_state"):
             folder = self._found(input_dir)
             saved = self._read(folder, load_kwargs or {})
+            rank, world_size = self.process_index, self.num_processes
+            go_on = self._counting.fitted(saved.pending, rank=rank, world_size=world_size)
         models = self._bare_models
-        for hook in self._load_hooks.values():
-            hook(models, str(folder))
+        with self._together("load_state"):
+            for hook in self._load_hooks.values():
+                hook(models, str(folder))
         with self._together("load_state"):
             weights = [_read_weights(folder, index) for index in range(len(models))]
             for model, state in zip(models, weights, strict=True):
                 check_weights(model, state)
         with self._together("load_state"):
-            if saved.pending:
-                self._counting.load_state_dicts(saved.pending, rank=self.process_index, world_size=self.num_processes)
-        for model, state in zip(models, weights, strict=True):
-            load_weights(model, state)
-        for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
-            load_optimizer(optimizer, state, self._models)
+            go_on()
+        with self._together("load_state"):
+            for model, state in zip(models, weights, strict=True):
+                load_weights(model, state)
+        with self._together("load_state"):
+            for optimizer, state in zip(self._optimizers, saved.optimizers, strict=True):
+                load_optimizer(optimizer, state, self._models)
+        with self._together("load_state"):
+            self._take_over(saved, folder.name)
+
+    def _take_over(self, saved: _Saved, name: str) -> None:
+        """What concerns this rank alone."""
         for scheduler, state in zip(self._schedulers, saved.schedulers, strict=True):
             scheduler.load_state_dict(state)
         for loader, state in zip(self._restorable, saved.loaders, strict=False):
@@ -221,12 +232,11 @@ class Checkpoints(Processes):
             obj.load_state_dict(state)
         if self.scaler is not None:
             self.scaler.load_state_dict(saved.scaler)
-        number = re.fullmatch(r"checkpoint_(\d+)", folder.name)
+        number = re.fullmatch(r"checkpoint_(\d+)", name)
         if number and self.project_configuration.automatic_checkpoint_naming:
             self.project_configuration.iteration = int(number[1]) + 1
         if saved.generators is not None:
             set_random_states(saved.generators)
-        self.wait_for_everyone()
 
     def _read(self, folder: Path, load_kwargs: Mapping[str, Any]) -> _Saved:
         """All of a checkpoint but the weights, checked."""
@@ -235,9 +245,9 @@ class Checkpoints(Processes):
             for name, objects in ((OPTIMIZER_NAME, self._optimizers), (SCHEDULER_NAME, self._schedulers))
         )
         for optimizer, state in zip(self._optimizers, optimizers, strict=True):
-            check_optimizer(optimizer, state)
+            check_optimizer("load_state", getattr(optimizer, "optimizer", optimizer), state)
         for scheduler, state in zip(self._schedulers, schedulers, strict=True):
-            check_scheduler(scheduler, state)
+            check_scheduler("load_state", scheduler, state)
         pending = [load_file(path) for path in by_rank(folder, _WINDOW_NAME, "bin")]
         check_pending(pending)
         paths = [folder / numbered(f"{SAMPLER_NAME}.bin", index) for index in range(len(self._restorable))]

@@ -20,7 +20,7 @@ from macrobatch.accelerate.windows import FedWindow, Windows, restricted
 from macrobatch.core.handover import share_of
 from macrobatch.core.loss import Weight
 from macrobatch.core.precision import Precision
-from macrobatch.errors import LossError
+from macrobatch.errors import LossError, StateError
 from macrobatch.sync import LocalSync
 
 __all__ = ["WindowCounting"]
@@ -170,22 +170,52 @@ class WindowCounting:
         return None if any(window.is_pending and not window.is_last for window in found) else found
 
     def state_dict(self) -> dict[str, Any]:
-        """The windows under way, as tensors and plain values of this rank."""
-        return {"windows": [window.state_dict() for window in self.windows.all]}
+        """The windows under way, as tensors and plain values of this rank, and the numbers of their models."""
+        windows, known = self.windows.all, self.windows.models
+        numbers = [[n for n, model in enumerate(known) if any(model is own for own in w.models)] for w in windows]
+        return {"windows": [window.state_dict() for window in windows], "models": numbers}
 
-    def load_state_dicts(self, states: Sequence[dict[str, Any]], *, rank: int, world_size: int) -> None:
-        """Go on where windows of any number of ranks were.
+    def fitted(self, states: Sequence[dict[str, Any]], *, rank: int, world_size: int) -> Callable[[], None]:
+        """A function to go on where windows of any number of ranks were; it gives up what is under way elsewhere.
 
         Args:
             states: the `state_dict` of each of those ranks.
             rank: this one's index.
+
+        Raises:
+            StateError: they are not of what is trained here.
         """
         saved = [state["windows"] for state in states]
-        windows = self.windows.all
-        if not windows and (self.windows.optimizers or self.windows.models):
-            windows = [self.windows.of(())]
-        for index, window in enumerate(windows[: len(saved[0])]):
-            window.load_state_dict(share_of([each[index] for each in saved], rank=rank, world_size=world_size))
+        pairs = [
+            (window, share_of([each[index] for each in saved], rank=rank, world_size=world_size))
+            for index, window in enumerate(self._windows_like(states))
+        ]
+        for window, state in pairs:
+            window.check_state_dict(state)
+
+        def load() -> None:
+            for window in self.windows.all:
+                if all(window is not own for own, _ in pairs):
+                    window.discard()
+            for window, state in pairs:
+                window.load_state_dict(state)
+
+        return load
+
+    def _windows_like(self, states: Sequence[dict[str, Any]]) -> list[FedWindow]:
+        """The windows of the models that those of a saved state had."""
+        windows = self.windows
+        if not states or (not windows.models and not windows.optimizers):
+            return []
+        named = states[0].get("models") or [[]] * len(states[0]["windows"])
+        if any(number >= len(windows.models) for numbers in named for number in numbers):
+            raise StateError(
+                "load_state",
+                given=f"windows under way of the models {named}, by number",
+                expected=f"models of the {len(windows.models)} that are prepared",
+                fix="prepare the same models in the same order as when it was saved",
+            )
+        return [windows.of(tuple(windows.models[number] for number in numbers)) for numbers in named]
 
     def clear(self) -> None:
         """Forget all that is trained, and what is pending."""

@@ -219,8 +219,8 @@ class OriginalCounting:
         """The counter. As in the original, gradients are not in it."""
         return {"windows": [], "num_blocks": self._num_blocks}
 
-    def load_state_dicts(self, states: Sequence[dict[str, Any]], *, rank: int, world_size: int) -> None:
-        """Go on counting.
+    def fitted(self, states: Sequence[dict[str, Any]], *, rank: int, world_size: int) -> Callable[[], None]:
+        """A function to go on counting.
 
         Raises:
             StateError: the checkpoint has a window under way, of which nothing is known here.
@@ -232,7 +232,11 @@ class OriginalCounting:
                 expected="one that was saved after an update, or with original=True",
                 fix="leave original=True out until that window has ended",
             )
-        self._num_blocks = states[rank % len(states)].get("num_blocks", 0)
+
+        def load() -> None:
+            self._num_blocks = states[rank % len(states)].get("num_blocks", 0) if states else self._num_blocks
+
+        return load
 
     def clear(self) -> None:
         """Forget all that is trained, and begin to count again."""

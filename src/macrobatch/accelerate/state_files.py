@@ -24,10 +24,8 @@ from macrobatch.errors import ArgumentError, StateError
 
 __all__ = [
     "by_rank",
-    "check_optimizer",
     "check_pending",
     "check_random_states",
-    "check_scheduler",
     "check_weights",
     "num_bytes",
     "numbered",
@@ -93,64 +91,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-def check_optimizer(optimizer: Any, state: Any) -> None:
-    """Refuse what is not the state of such an optimizer, for such parameters.
-
-    Raises:
-        StateError: it is something else.
-    """
-    own = optimizer.param_groups
-    sizes = [len(group["params"]) for group in own]
-    groups: Any = state.get("param_groups") if isinstance(state, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    given = f"{type(state).__name__}, not an optimizer's state"
-    if isinstance(groups, list) and all(isinstance(group, Mapping) and "params" in group for group in groups):  # pyright: ignore[reportUnknownVariableType]
-        saved = [len(group["params"]) for group in groups]
-        is_by_name = any(isinstance(param, str) for group in groups for param in group["params"])
-        given = f"a state for groups of {saved} parameters"
-        if is_by_name or saved == sizes:
-            given = None
-            if any(_are_foreign(group, mine) for group, mine in zip(groups, own, strict=False)):
-                given = f"a state with the settings {sorted(set(groups[0]) - set(own[0]))}"
-            elif not is_by_name:
-                given = _of_other_shapes(optimizer, state.get("state", {}))
-    if given is not None:
-        raise StateError(
-            "load_state",
-            given=given,
-            expected=f"one of {type(optimizer).__name__}, for groups of {sizes} parameters",
-            fix="build the optimizer as it was when it was saved",
-        )
-
-
-def _of_other_shapes(optimizer: Any, state: Mapping[Any, Mapping[str, Any]]) -> str | None:
-    """What is wrong with moments that are elementwise; what other state there is, only its optimizer can tell."""
-    if not type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("torch.optim"):
-        return None
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for index, param in enumerate(params):
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            moment = state.get(index, {}).get(name)
-            if isinstance(moment, Tensor) and moment.shape != param.shape:
-                return f"a state with {name!r} of shape {tuple(moment.shape)} for a parameter of {tuple(param.shape)}"
-    return None
-
-
-def check_scheduler(scheduler: Any, state: Any) -> None:
-    """Refuse what is not the state of such a scheduler.
-
-    Raises:
-        StateError: it is something else.
-    """
-    own = scheduler.state_dict()
-    if not isinstance(state, Mapping) or _are_foreign(state, own):
-        raise StateError(
-            "load_state",
-            given=f"a scheduler's state with {state!r:.100}",
-            expected=f"one of {type(scheduler).__name__}, with {sorted(own)}",
-            fix="build the scheduler as it was when it was saved",
-        )
-
-
 def check_pending(states: Sequence[Any]) -> None:
     """Refuse what are not the windows under way of all ranks.
 
@@ -165,11 +105,6 @@ def check_pending(states: Sequence[Any]) -> None:
             expected="the windows under way, as many for each rank",
             fix="go on from another checkpoint",
         )
-
-
-def _are_foreign(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether both have settings that the other lacks. Between versions of torch, only one has."""
-    return bool(set(saved) - set(own)) and bool(set(own) - set(saved))
 
 
 # --- random states ---

@@ -19,7 +19,7 @@ from macrobatch.core.leaves import reaches
 from macrobatch.core.precision import Precision
 from macrobatch.core.weighting import Constant, Normalize, make_policy
 from macrobatch.core.window import Window
-from macrobatch.errors import StateError, WindowError
+from macrobatch.errors import WindowError
 from macrobatch.sync import make_sync
 
 __all__ = ["FedWindow", "Windows", "restricted"]
@@ -170,14 +170,16 @@ class FedWindow(Accumulation):
         """As its base, and how the window is counted."""
         return {**super().state_dict(), "is_by_hand": self._is_by_hand}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As its base."""
+        own = isinstance(state, Mapping) and "is_by_hand" in state  # pyright: ignore[reportUnnecessaryIsInstance]
+        super().check_state_dict({name: state[name] for name in state if name != "is_by_hand"} if own else state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As its base."""
-        before, self._is_by_hand = self._is_by_hand, bool(state.get("is_by_hand", False))
-        try:
-            super().load_state_dict({name: value for name, value in state.items() if name != "is_by_hand"})
-        except StateError:
-            self._is_by_hand = before
-            raise
+        self.check_state_dict(state)
+        self._is_by_hand = bool(state.get("is_by_hand", False))  # which the policy goes by
+        super().load_state_dict({name: value for name, value in state.items() if name != "is_by_hand"})
 
     def take_batch(self) -> None:
         """Notice which batch is at hand, and how often it has been used."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from macrobatch.core.autograd import backward
 from macrobatch.core.gradients import GradientBuffer
-from macrobatch.core.handover import checked_pending, gradients_so_far, restore
+from macrobatch.core.handover import check_saved, pending_of, restore
 from macrobatch.core.loss import Loss, Weight
 from macrobatch.core.precision import Precision
 from macrobatch.core.tally import Seeds, Tally
@@ -333,13 +333,15 @@ class Accumulation:
         self.sync.bring_in(self.gradients, keeps=is_begun)
         pending = None
         if self._tally is not None and is_begun:
-            pending = {
-                "tally": self._tally.state_dict(),
-                "is_weighted": self._is_weighted,
-                "is_sharded": bool(self.gradients.groups()),
-                "gradients": gradients_so_far(self.gradients),
-            }
+            pending = pending_of(self._tally, self.gradients, is_weighted=self._is_weighted)
         return {"window": self.window.state_dict(), "precision": self.precision.state_dict(), "pending": pending}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise StateError for a state that `load_state_dict` could not take over."""
+        self.settle()
+        if self._tally is None:
+            self.gradients.start()  # lays the buffer out, which the check needs
+        check_saved(state, self.gradients)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a saved window was. Refused as a whole if a part does not fit.
@@ -347,17 +349,12 @@ class Accumulation:
         Raises:
             StateError: what is wrong with it.
         """
-        self.settle()
-        if self._tally is None:
-            self.gradients.start()  # lays the buffer out, which the check needs
-        pending = checked_pending(state, self.gradients)
-        trial = Window(1)
-        trial.load_state_dict(state["window"])
+        self.check_state_dict(state)
         self.precision.load_state_dict(state["precision"])
         self.gradients.start()
         self.window.load_state_dict(state["window"])
         self._forget()
-        if pending is None:
+        if (pending := state["pending"]) is None:
             return
         self._tally = Tally(self._policy(), guess=1.0, num_micro_batches=self.window.size, seeds=self._seeds)
         self._tally.load_state_dict(pending["tally"], self.gradients.slots[0].local.device)

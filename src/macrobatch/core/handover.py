@@ -9,40 +9,52 @@ import torch
 from torch import Tensor
 
 from macrobatch.core.gradients import GradientBuffer
+from macrobatch.core.tally import Tally
+from macrobatch.core.term import is_saved_term
+from macrobatch.core.window import Window
 from macrobatch.errors import StateError
 
-__all__ = ["checked_pending", "gradients_so_far", "restore", "share_of"]
+__all__ = ["check_saved", "pending_of", "restore", "share_of"]
 
 
-def gradients_so_far(buffer: GradientBuffer) -> list[Tensor | None]:
-    """What a window has accumulated, one per parameter; None for those that it has not used yet."""
-    return [slot.local.clone() if slot.has_moved else None for slot in buffer.slots]
+def pending_of(tally: Tally, buffer: GradientBuffer, *, is_weighted: bool | None) -> dict[str, Any]:
+    """What a window has come to so far, as tensors and plain values: gradients of its own, one per parameter, with None
+    for those that it has not used yet."""
+    return {
+        "tally": tally.state_dict(),
+        "is_weighted": is_weighted,
+        "is_sharded": bool(buffer.groups()),
+        "gradients": [slot.local.clone() if slot.has_moved else None for slot in buffer.slots],
+    }
 
 
 def restore(buffer: GradientBuffer, gradients: Sequence[Tensor | None]) -> None:
-    """Put what `gradients_so_far` returned into a buffer that a window has begun with."""
+    """Put the gradients of `pending_of` into a buffer that a window has begun with."""
     for slot, gradient in zip(buffer.slots, gradients, strict=True):
         if gradient is not None:
             slot.local.copy_(gradient)
 
 
-def checked_pending(state: Mapping[str, Any], buffer: GradientBuffer) -> Mapping[str, Any] | None:
-    """What a saved `Accumulation.state_dict` has of a window under way, if it fits the buffer.
+def check_saved(state: Any, buffer: GradientBuffer) -> None:
+    """Refuse what is not the `Accumulation.state_dict` of a window of these parameters.
 
     Raises:
-        StateError: it does not.
+        StateError: what is wrong with it.
     """
     problem = None
     pending = None
-    if not isinstance(state, Mapping) or set(state) != {"window", "precision", "pending"}:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(state, Mapping) or set(state) != {"window", "precision", "pending"}:  # pyright: ignore[reportUnknownArgumentType]
         problem = f"{state!r:.100}"
     else:
-        pending = state["pending"]
-        gradients = [] if pending is None else list(pending["gradients"])
+        Window(1).load_state_dict(state["window"])
+        pending: Any = state["pending"]
+    if pending is not None and not _is_pending(pending):
+        problem = f"a window under way of {pending!r:.100}"
+    elif pending is not None:
+        gradients = pending["gradients"]
         shapes = [None if gradient is None else (tuple(gradient.shape), gradient.dtype) for gradient in gradients]
         places = [(tuple(slot.local.shape), slot.local.dtype) for slot in buffer.slots]
-        fits = len(shapes) == len(places) and all(a in (None, b) for a, b in zip(shapes, places, strict=True))
-        if pending is not None and not fits:
+        if len(shapes) != len(places) or any(a not in (None, b) for a, b in zip(shapes, places, strict=True)):
             problem = f"{len(gradients)} gradients of other shapes or dtypes than the {len(places)} parameters"
     if problem is not None:
         raise StateError(
@@ -51,7 +63,18 @@ def checked_pending(state: Mapping[str, Any], buffer: GradientBuffer) -> Mapping
             expected="what state_dict returned, for the same parameters",
             fix="load what was saved with the same model and optimizer",
         )
-    return pending
+
+
+def _is_pending(pending: Any) -> bool:
+    if not isinstance(pending, Mapping) or not {"tally", "is_weighted", "gradients"} <= set(pending):  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    gradients, tally = pending["gradients"], pending["tally"]
+    return (
+        isinstance(gradients, list)
+        and all(each is None or isinstance(each, Tensor) for each in gradients)
+        and isinstance(tally, Mapping)
+        and all(map(is_saved_term, tally.values()))
+    )
 
 
 def share_of(states: Sequence[Any], *, rank: int, world_size: int) -> Mapping[str, Any]:
@@ -67,8 +90,15 @@ def share_of(states: Sequence[Any], *, rank: int, world_size: int) -> Mapping[st
         world_size: number of ranks now.
 
     Raises:
-        StateError: of parameters that are spread over ranks, another number of them.
+        StateError: of parameters that are spread over ranks, another number of them; or they are something else.
     """
+    if not all(state is None or (isinstance(state, Mapping) and "pending" in state) for state in states):
+        raise StateError(
+            "a window under way",
+            given=f"{states!r:.100}",
+            expected="what state_dict returned, of each rank",
+            fix="load what was saved with the same model and optimizer",
+        )
     begun = [state["pending"] for state in states if state is not None and state["pending"] is not None]
     if len(states) == world_size:
         own = states[rank]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from macrobatch.core.loss import Weight, to_device
 
-__all__ = ["DIGIT", "Seeds", "Term", "counts_of", "summed"]
+__all__ = ["DIGIT", "Seeds", "Term", "counts_of", "is_saved_term", "summed"]
 
 DIGIT = 2.0**12
 """What one digit of a weight that travels counts up to: float32 adds such digits up exactly over 4,096 ranks."""
@@ -84,6 +84,18 @@ def _digits(weight: Any) -> list[Any]:
     whole, upper = weight // 1.0, weight // DIGIT
     top = upper // DIGIT
     return [top, upper - top * DIGIT, whole - upper * DIGIT, weight - whole]
+
+
+def is_saved_term(saved: Any) -> bool:
+    """Whether it is one term of a `Tally.state_dict`."""
+    if not isinstance(saved, Mapping) or set(saved) != {"expected", "rounded", "losses", "factors", "weights"}:  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    columns = saved["losses"], saved["factors"], saved["weights"]
+    return (
+        all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+        and all(isinstance(loss, Tensor) for loss in columns[0])
+        and isinstance(saved["expected"], float | int | Tensor)
+    )
 
 
 def counts_of(weight: Weight) -> Weight:

@@ -185,6 +185,10 @@ class Engine:
         """The window under way, its gradients included, of this rank."""
         return self._optimizer.accumulation.state_dict()
 
+    def check_state_dict(self, state_dict: Any) -> None:
+        """Raise StateError for a state that `load_state_dict` could not take over."""
+        self._optimizer.accumulation.check_state_dict(state_dict)
+
     def load_state_dict(self, state_dict: Any) -> None:
         """Go on with a saved window. The next pass over a loader continues it: skip the batches that it has seen.
 

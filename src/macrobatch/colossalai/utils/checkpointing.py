@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from macrobatch.checkpoint import load_file, save_file
+from macrobatch.checkpoint.fit import check_optimizer, check_scheduler
 from macrobatch.colossalai.context import ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.core.handover import share_of
@@ -22,10 +23,16 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 class Stateful(Protocol):
-    """What has a state that can be saved: an optimizer, a schedule, an engine."""
+    """What has a state that can be saved: an optimizer, a schedule."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Any, /) -> object: ...
+
+
+class Checked(Stateful, Protocol):
+    """What can tell whether a state fits: an engine."""
+
+    def check_state_dict(self, state_dict: Any, /) -> None: ...
 
 
 def save_checkpoint(
@@ -34,7 +41,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: Stateful | None = None,
     lr_scheduler: Stateful | None = None,
-    engine: Stateful | None = None,
+    engine: Checked | None = None,
 ) -> None:
     """Write a checkpoint, which is there as a whole or not at all.
 
@@ -56,19 +63,21 @@ def save_checkpoint(
     others = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
     checkpoint: dict[str, Any] = {"epoch": epoch}
     if engine is not None:
-        checkpoint["window"] = engine.state_dict()
+        with _together("save_checkpoint"):
+            checkpoint["window"] = engine.state_dict()
         checkpoint["world_size"] = gpc.get_world_size(ParallelMode.DATA)
         checkpoint["number"] = _write_parts(path, checkpoint["window"])
     rank = gpc.get_global_rank()
-    with nullcontext() if engine is None else _together():
+    with _together("save_checkpoint", all_ranks=engine is not None):
         if rank == 0:
             checkpoint["model"] = model.state_dict()
             checkpoint |= {name: each.state_dict() for name, each in others.items() if each is not None}
             save_file(checkpoint, path)
     if engine is not None:
-        for old in path.parent.glob(f"{_escaped(path.name)}.*.rank{rank}"):
-            if old != _part(path, checkpoint["number"], rank):
-                old.unlink(missing_ok=True)
+        with _together("save_checkpoint"):
+            for old in path.parent.glob(f"{_escaped(path.name)}.*.rank{rank}"):
+                if old != _part(path, checkpoint["number"], rank):
+                    old.unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -77,11 +86,12 @@ def load_checkpoint(
     optimizer: Stateful | None = None,
     lr_scheduler: Stateful | None = None,
     strict: bool = True,
-    engine: Stateful | None = None,
+    engine: Checked | None = None,
 ) -> int:
-    """Take over a checkpoint on this rank, with all that is asked for, or refuse it and change nothing.
+    """Take over a checkpoint, with all that is asked for, or refuse it and change nothing.
 
-    Every rank calls this. Nothing but tensors and plain values is read from the file, which could come from anywhere.
+    Every rank calls this; with an engine, all of them take it over, or none. Nothing but tensors and plain values is
+    read from the file, which could come from anywhere.
 
     Args:
         file: what `save_checkpoint` wrote.
@@ -96,23 +106,32 @@ def load_checkpoint(
 
     Raises:
         StateError: the file is damaged, lacks something that was asked for, or is of another model.
+        PeerError: with an engine, another rank refused it.
     """
     path = Path(file)
-    checkpoint = _read(path)
-    wanted = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "window": engine}
-    for name in ("epoch", "model", *(name for name, each in wanted.items() if each is not None)):
-        if name not in checkpoint:
-            raise _unfit(path, f"no {name!r}, only {sorted(checkpoint)}", f"a checkpoint that was saved with {name}")
-    _check_model(path, checkpoint["model"], model, strict)
-    if optimizer is not None:
-        _check_optimizer(path, checkpoint["optimizer"], optimizer)
-    if engine is not None:
-        engine.load_state_dict(_window(path, checkpoint))
-    if optimizer is not None:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if lr_scheduler is not None:
-        lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    model.load_state_dict(checkpoint["model"], strict=strict)
+    with _together("load_checkpoint", all_ranks=engine is not None):
+        checkpoint = _read(path)
+        wanted = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "window": engine}
+        for name in ("epoch", "model", *(name for name, each in wanted.items() if each is not None)):
+            if name not in checkpoint:
+                raise _unfit(path, f"no {name!r}, only {sorted(checkpoint)}", f"one that was saved with {name}")
+        _check_model(path, checkpoint["model"], model, strict)
+        if optimizer is not None:
+            check_optimizer(f"the checkpoint {path}", getattr(optimizer, "optim", optimizer), checkpoint["optimizer"])
+        if lr_scheduler is not None:
+            check_scheduler(f"the checkpoint {path}", lr_scheduler, checkpoint["lr_scheduler"])
+        window = None if engine is None else _window(path, checkpoint)
+        if engine is not None:
+            engine.check_state_dict(window)
+    with _together("load_checkpoint", all_ranks=engine is not None), ExitStack() as undo:
+        for each, name in ((lr_scheduler, "lr_scheduler"), (optimizer, "optimizer")):
+            if each is not None:
+                undo.callback(each.load_state_dict, each.state_dict())  # for those that refuse a part of it themselves
+                each.load_state_dict(checkpoint[name])
+        if engine is not None:
+            engine.load_state_dict(window)
+        model.load_state_dict(checkpoint["model"], strict=strict)
+        undo.pop_all()
     return checkpoint["epoch"]
 
 
@@ -125,14 +144,14 @@ def _write_parts(path: Path, window: Mapping[str, Any]) -> str:
     if gpc.world_size > 1:
         dist.broadcast_object_list(numbers, src=0)
     rank = gpc.get_global_rank()
-    with _together():
+    with _together("save_checkpoint"):
         if rank > 0:
             save_file({"window": window}, _part(path, numbers[0], rank))
     return numbers[0]
 
 
 @contextmanager
-def _together() -> Generator[None]:
+def _together(what: str, *, all_ranks: bool = True) -> Generator[None]:
     """Context at whose end all ranks wait for each other, and fail if one did."""
     error: Exception | None = None
     try:
@@ -140,28 +159,30 @@ def _together() -> Generator[None]:
     except Exception as raised:
         error = raised
     errors: list[Any] = [None] * gpc.world_size
-    if gpc.world_size > 1:
+    if gpc.world_size > 1 and all_ranks:
         dist.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     found = {rank: each for rank, each in enumerate(errors) if each}
     if found:
         raise PeerError(
-            "save_checkpoint",
+            what,
             given=f"by rank, {found!r:.500}",
-            expected="every rank to write its part",
-            fix="save to a folder that all ranks can write to",
+            expected="no error on any rank",
+            fix="see what those say; all ranks need one folder that each of them can use",
         )
 
 
 def _window(path: Path, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    saved = checkpoint["world_size"]
+    saved = checkpoint.get("world_size")
+    if type(saved) is not int or saved < 1:
+        raise _unfit(path, f"{saved!r} ranks that saved it", "their number")
     rank, world_size = gpc.get_global_rank(), gpc.get_world_size(ParallelMode.DATA)
     needed = (rank,) if saved == world_size else range(saved)
     states: list[Any] = [None] * saved
     for each in needed:
-        source = checkpoint if each == 0 else _read(_part(path, checkpoint["number"], each))
-        states[each] = source["window"]
+        source = checkpoint if each == 0 else _read(_part(path, str(checkpoint.get("number")), each))
+        states[each] = source.get("window")
     return share_of(states, rank=rank, world_size=world_size)
 
 
@@ -187,27 +208,16 @@ def _check_model(path: Path, state: object, model: nn.Module, strict: bool) -> N
     own = model.state_dict()
     if not isinstance(state, Mapping):
         raise _unfit(path, f"a model of type {type(state).__name__}", "the model's state_dict")
-    shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
     wrong = [
-        f"{name} of shape {shape}"
-        for name, shape in shapes.items()
-        if isinstance(own.get(name), torch.Tensor) and tuple(own[name].shape) != shape
+        f"{name} of {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}"
+        for name, value in state.items()
+        if isinstance(own.get(name), torch.Tensor) and getattr(value, "shape", None) != own[name].shape
     ]
     if strict:
         wrong += [f"no {name}" for name in own if name not in state]
         wrong += [f"{name}, which the model has not" for name in state if name not in own]
     if wrong:
         raise _unfit(path, ", ".join(wrong[:5]), "the model's own parameters and buffers, in its shapes")
-
-
-def _check_optimizer(path: Path, state: object, optimizer: Stateful) -> None:
-    own = optimizer.state_dict()
-    try:
-        sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (state, own)]  # pyright: ignore[reportIndexIssue]
-    except (KeyError, TypeError):
-        raise _unfit(path, f"{state!r:.100} as the optimizer's state", "an optimizer's state_dict") from None
-    if sizes[0] != sizes[1]:
-        raise _unfit(path, f"groups of {sizes[0]} parameters", f"groups of {sizes[1]}, as the optimizer has")
 
 
 def _unfit(path: Path, given: str, expected: str) -> StateError:
