@@ -210,8 +210,8 @@ class TrainStep:
             NonFiniteError: the loss or the gradient is NaN or infinite.
         """
         try:
+            check_surroundings(self.optimizers, self._step.device)
             if isinstance(self.split, Autosize):
-                check_surroundings(self.optimizers, self._step.device)
                 cut = self.split.cut(batch)
                 micro_batches = [*cut]
             else:
@@ -238,25 +238,26 @@ class TrainStep:
             micro_batches: at least one.
             expected: the window's weight, per term, if the loss has several terms.
         """
-        if not isinstance(micro_batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise BatchError(
-                "micro_batches",
-                given=type(micro_batches).__name__,
-                expected="an iterable of micro-batches",
-                fix="pass a list of them, or call the step itself with the macro-batch",
-            )
-        counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
-        is_stream = not isinstance(micro_batches, Sequence) and self._step.streams
-        cut = Cut(self.split, counted, is_stream=is_stream) if isinstance(self.split, Autosize) else None
-        source = counted if cut is None else cut
-        if is_stream:
-            return self._run(source, Plan(None, 1, expected), cut)
         try:
-            source = list(source)
+            check_surroundings(self.optimizers, self._step.device)
+            if not isinstance(micro_batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise BatchError(
+                    "micro_batches",
+                    given=type(micro_batches).__name__,
+                    expected="an iterable of micro-batches",
+                    fix="pass a list of them, or call the step itself with the macro-batch",
+                )
+            counted = ((micro_batch, tree.num_rows(micro_batch)) for micro_batch in micro_batches)
+            is_stream = not isinstance(micro_batches, Sequence) and self._step.streams
+            cut = Cut(self.split, counted, is_stream=is_stream) if isinstance(self.split, Autosize) else None
+            source = counted if cut is None else cut
+            source = source if is_stream else list(source)
         except Exception:
             self._step.fail(counted=expected is not None)
             raise
-        return self._run(source, Plan(len(source), sum(rows for _, rows in source), expected), cut)
+        if isinstance(source, list):
+            return self._run(source, Plan(len(source), sum(rows for _, rows in source), expected), cut)
+        return self._run(source, Plan(None, 1, expected), cut)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(
@@ -327,7 +328,6 @@ class TrainStep:
         return counts
 
     def _run(self, micro_batches: Iterable[MicroBatch], plan: Plan, cut: Cut | None) -> StepResult:
-        check_surroundings(self.optimizers, self._step.device)
         if self._is_new:
             self._is_new = False
             tell_untrained(self.optimizers, self._step.model)

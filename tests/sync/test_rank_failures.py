@@ -132,10 +132,15 @@ class Saboteur:
         """One window; the name of what it raised."""
         self.num_seen = 0
         try:
-            if self.where in ("iterator", "ragged micro-batch"):
-                self.step.window(self.stream(seed))
-            else:
-                self.step(self.batch(seed))
+            with torch.inference_mode(self.fails("inference mode") or self.fails("window in inference mode")):
+                if self.where in ("iterator", "ragged micro-batch"):
+                    self.step.window(self.stream(seed))
+                elif self.fails("no micro-batches"):
+                    self.step.window(3)  # pyright: ignore[reportArgumentType]
+                elif self.where in ("window in inference mode", "no micro-batches"):
+                    self.step.window(list(self.stream(seed)))
+                else:
+                    self.step(self.batch(seed))
         except Exception as error:
             return type(error).__name__
         return None
@@ -190,6 +195,9 @@ RAISES = {
     "listener": "Boom",
     "call from its own window": "WindowError",
     "split": "BatchError",
+    "inference mode": "LossError",
+    "window in inference mode": "LossError",
+    "no micro-batches": "BatchError",
 }
 
 

@@ -267,6 +267,7 @@ class Step:
             self.sync.close(self.gradients, None)
             raise
 
+    @torch.inference_mode(False)  # what it makes is to be used again
     def fail(self, *, counted: bool) -> None:
         """Tell the other ranks that this one has nothing for the window, not even an empty share."""
         self.begin()
