@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from macrobatch.errors import StateError
 from macrobatch.sync import Policy
 from tests.accelerate.doors import OURS, entered
+from tests.sync.windows import Collectives
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -187,3 +188,39 @@ def test_nothing_is_left_of_micro_batches_that_are_given_up(ranks: Any, tmp_path
     """All ranks fail in the second micro-batch of a window: what they have of the first is not in its gradient."""
     expected, found = (ranks(2).run(micro_steps, str(tmp_path), what)[0] for what in ("empty", "fails"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def collectives_of_windows(kind: str) -> list[dict[str, int]]:
+    """Collectives of four windows of three micro-batches each."""
+    with entered(OURS) as door:
+        options: dict[str, Any] = {
+            "sharded": {"fsdp_plugin": door.FullyShardedDataParallelPlugin()},
+            "wrapped": {"kwargs_handlers": [door.DistributedDataParallelKwargs()]},
+        }[kind]
+        accelerator = door.Accelerator(cpu=True, gradient_accumulation_steps=3, **options)
+        model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        counts: list[dict[str, int]] = []
+        for _ in range(4):
+            with Collectives() as collectives:
+                for _ in range(3):
+                    with accelerator.accumulate(model):
+                        accelerator.backward(model(torch.randn(3, 2)).square().mean())
+                        optimizer.step()
+                        optimizer.zero_grad()
+            counts.append(dict(collectives.count))
+        return counts
+
+
+def test_a_window_gathers_no_more_than_its_policy_says(ranks: Any):
+    """Parameters once in each micro-batch, and from the third window on once; nothing is forgotten in between, and no
+    rank asks another for samples, which a loop of one's own could not run."""
+    *lean, third, fourth = ranks(2).run(collectives_of_windows, "sharded")[0]
+    assert [count["allgather_base"] for count in lean] == [3, 3]
+    # Of the two small sums, one is in front of the window and one at its end.
+    assert third == fourth == {"allgather_base": 1, "reduce_scatter_base": 1, "allreduce": 2}
+
+
+def test_a_wrapped_window_has_one_small_sum_beside_ddps_own(ranks: Any):
+    *_, last = ranks(2).run(collectives_of_windows, "wrapped")[0]
+    assert last == {"allreduce": 2}

@@ -158,15 +158,13 @@ class Accumulation:
         this was the last micro-batch, and else get a window without this rank's part."""
         self.is_inside = False
         self._end_context()
-        if not self.is_last:
-            self._empty()
-        else:
-            if not self.is_final:
-                self._opened(None, 1)
-                self.sync.close(self.gradients, None)
+        if self.is_last and not self.is_final:
+            self._opened(None, 1)
+            self.sync.close(self.gradients, None)
+        if self.is_last:
             self.window.discard()
-            self._forget()
-        self.gradients.clear()
+        self._forget()
+        self._give_up()
 
     def backward(self, loss: Tensor, *, weight: Weight | None = None, num_samples: int = 1, **options: Any) -> None:
         """Add the gradient of a loss.
@@ -289,7 +287,7 @@ class Accumulation:
         Inside a micro-batch the place in the window stays, so that it still ends on all ranks together.
         """
         if self.is_inside and not self.is_last:
-            self._empty()
+            self._forget()
         elif self.is_inside:
             self.finish()
             self.skip = self.skip or "given up"
@@ -297,7 +295,7 @@ class Accumulation:
             self._end_context()
             self.window.discard()
             self._forget()
-        self.gradients.clear()
+        self._give_up()
 
     def empty(self, params: Collection[int]) -> None:
         """Take back what the window has added to some parameters, given by their `id`."""
@@ -351,6 +349,7 @@ class Accumulation:
         """
         self.check_state_dict(state)
         self.precision.load_state_dict(state["precision"])
+        self._give_up()
         self.gradients.start()
         self.window.load_state_dict(state["window"])
         self._forget()
@@ -368,16 +367,16 @@ class Accumulation:
             self._num_samples = num_samples
         if self._tally is None:
             typical = num_samples if weight is None or isinstance(weight, Tensor) else weight
-            self._plan = self._plan or self.sync.plan(Plan(self.window.size, typical * self.window.size))
+            self._plan = self._plan or self.sync.plan(Plan(self.window.size, typical * self.window.size, lends=False))
             self.gradients.start()
             guess, num = self._plan.guess, self._plan.num_micro_batches
             self._tally = Tally(self._policy(), guess=guess, num_micro_batches=num, seeds=self._seeds)
         return self._tally
 
-    def _empty(self) -> None:
-        """Forget what this rank has added to the window."""
-        self._tally = self._is_weighted = self._plan = None
-        self._num_backwards = 0
+    def _give_up(self) -> None:
+        """What this rank has added to the window is nowhere any longer."""
+        self.sync.bring_in(self.gradients, keeps=False)
+        self.gradients.clear()
 
     def _begin(self, is_last: bool) -> None:
         self.begin()
@@ -392,6 +391,7 @@ class Accumulation:
             context.__exit__(None, None, None)
 
     def _forget(self) -> None:
-        self._empty()
+        self._tally = self._is_weighted = self._plan = None
+        self._num_backwards = 0
         self.is_final = self._is_applied = self._is_reducing = False
         self.skip = None

@@ -82,6 +82,7 @@ class Plan(NamedTuple):
         is_coupled: ranks work together before their first backward, so that all of them have to begin.
         repeats: the window can be run again in smaller micro-batches, should memory not suffice.
         num_idle: micro-batches to run at the end of it, with weight zero, however many there were.
+        lends: whether it can run micro-batches that are not this rank's own; a loop of somebody else's cannot.
     """
 
     num_micro_batches: int | None
@@ -92,3 +93,4 @@ class Plan(NamedTuple):
     is_coupled: bool = False
     repeats: bool = False
     num_idle: int = 0
+    lends: bool = True

@@ -95,11 +95,11 @@ class Sync:
         return _NOTHING
 
     def bring_in(self, gradients: GradientBuffer, *, keeps: bool) -> None:
-        """Between two micro-batches, before parameters and buffer are saved: what is held elsewhere comes into them.
-        All ranks call it.
+        """Between two micro-batches, before parameters and buffer are saved or the window closes unforeseen: what is
+        held elsewhere comes into them. All ranks call it.
 
         Args:
-            keeps: what there is of a window; else there is none, or it was given up.
+            keeps: what there is of a window; else there is none, or this rank gives it up.
         """
 
     def take_up(self, gradients: GradientBuffer) -> None:

@@ -110,7 +110,7 @@ class ShardedSync(Sync):
         self._peers: Peers | None = None
         self._line: Realigned | None = None
         self._is_behind = False
-        self._is_unfinished = False
+        self._is_planned = self._is_unfinished = False
 
     def ranks(self, model: nn.Module) -> Ranks:
         """This process in the group."""
@@ -173,7 +173,12 @@ class ShardedSync(Sync):
         longest = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
         if plan.num_micro_batches is None:
             return plan
-        self._forget()
+        if self._is_planned:  # else what is under way is this window's first forward
+            self._forget()
+        self._is_planned = True
+        if not plan.lends:
+            self._num_own = math.inf
+            return self._peers.plan(plan)
         if plan.repeats:
             self._be_ready()
         self._num_own = plan.num_micro_batches if longest > plan.num_micro_batches else math.inf
@@ -210,7 +215,7 @@ class ShardedSync(Sync):
         assert self._peers is not None
         super().close(gradients, tally)
         source = self._peers.add_up(gradients, tally)
-        self._is_unfinished = False
+        self._is_planned = self._is_unfinished = False
         assert self._model is not None
         self._peers.broadcast(self._model.buffers(), source=source)
         if self._cross_check:
@@ -240,7 +245,7 @@ class ShardedSync(Sync):
         """What is left of a window that has failed, or was given up."""
         if self._is_unfinished:
             forget(self._modules)
-        self._is_unfinished = False
+        self._is_planned = self._is_unfinished = False
 
     def _set_for(self, *, is_last: bool) -> None:
         for module in self._modules:

@@ -128,6 +128,9 @@ class WrappedSync(Sync):
             num_to_run = self._peers.longest(plan.num_micro_batches, trained=trained_in(self._model))
             if plan.num_micro_batches is None:
                 return plan
+        if not plan.lends:
+            self._num_own = math.inf
+            return self._peers.plan(plan)
         num_to_run = max(num_to_run, 1)
         self._num_own = math.inf if num_to_run == plan.num_micro_batches else plan.num_micro_batches or 0
         spare = self._peers.spare(plan.spare)
@@ -163,7 +166,7 @@ class WrappedSync(Sync):
                 expected="to be saved between two windows",
                 fix="save after an update, or shard with torch.distributed.fsdp.fully_shard",
             )
-        for slot in gradients.slots:
+        for slot in gradients.slots if keeps else ():
             if slot.param.grad is not None and slot.param.grad is not slot.view:
                 slot.local.copy_(slot.param.grad)
 
