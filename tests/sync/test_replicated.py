@@ -971,14 +971,33 @@ def test_local_and_accumulate_under_torch_distributed_keep_to_their_process(rank
 # --- checks ---
 
 
-def tampered(cross_check: bool) -> str:
-    """The first window changes a parameter on rank 1 alone."""
+def changed(weight: Tensor) -> None:
+    weight[0, 0] += 0.01
+
+
+def permuted_rows(weight: Tensor) -> None:
+    weight.copy_(weight.flip(0))
+
+
+def turned(weight: Tensor) -> None:
+    weight[0].neg_()
+
+
+def of_the_least(weight: Tensor) -> None:
+    """A thousandth of what is small beside the other parameters."""
+    weight[0, 0] += 1e-3 * weight.abs().sum()
+
+
+def tampered(change: str, cross_check: bool) -> str:
+    """The first window changes a parameter on rank 1 alone, which is the smallest of all by far."""
     model = layers()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
 
     def loss_fn(model: Any, x: Tensor) -> Tensor:
         if dist.get_rank() == 1:
             with torch.no_grad():
-                model[2].weight[0, 0] += 0.01
+                TAMPERING[change](model[2].weight)
         return mean_square(model, x)
 
     sync = ReplicatedSync(cross_check=cross_check)
@@ -990,12 +1009,17 @@ def tampered(cross_check: bool) -> str:
     return "passed"
 
 
-def test_cross_check_parameter_changed_on_one_rank_is_refused_on_all(ranks):
-    assert ranks(2).run(tampered, True) == ["the parameters of the first window"] * 2
+TAMPERING = {change.__name__: change for change in (changed, permuted_rows, turned, of_the_least)}
 
 
-def test_cross_check_off_lets_it_pass(ranks):
-    assert ranks(2).run(tampered, False) == ["passed"] * 2
+@pytest.mark.parametrize("change", TAMPERING)
+def test_cross_check_parameter_changed_on_one_rank_is_refused_on_all(ranks, change):
+    assert ranks(2).run(tampered, change, True) == ["the parameters of the first window"] * 2
+
+
+@pytest.mark.parametrize("change", TAMPERING)
+def test_cross_check_off_lets_it_pass(ranks, change):
+    assert ranks(2).run(tampered, change, False) == ["passed"] * 2
 
 
 def no_false_alarm() -> str | None:

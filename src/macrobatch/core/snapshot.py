@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from macrobatch import tree
 from macrobatch.errors import LossError, WindowError
 
-__all__ = ["RngStates", "Snapshot", "check_unchanged", "rng_states", "set_rng_states", "versions_of"]
+__all__ = ["RngStates", "Snapshot", "check_unchanged", "rng_states", "same_bits", "set_rng_states", "versions_of"]
 
 
 TorchStates = tuple[Tensor, Tensor | None]
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RngStates(NamedTuple):
@@ -67,9 +69,27 @@ class Snapshot:
                     pass
                 elif buffer.shape != saved.shape:
                     buffer.set_(saved.clone())  # pyright: ignore[reportArgumentType]
-                elif not torch.equal(buffer, saved):
+                elif not same_bits(buffer, saved):
                     buffer.copy_(saved)
                 setattr(module, name, buffer)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are alike to the last bit: 0.0 is not -0.0, and a NaN is itself.
+
+    ```pycon
+    >>> zero, nan = torch.tensor(0.0), torch.tensor(torch.nan)
+    >>> same_bits(zero, -zero), same_bits(nan, nan.clone())
+    (False, True)
+
+    ```
+    """
+    if a.layout is not torch.strided:  # torch.equal knows no other
+        return False
+    pair = [torch.view_as_real(each.detach().resolve_conj()) if each.is_complex() else each.detach() for each in (a, b)]
+    if all(type(each) is Tensor and not each.is_quantized for each in pair):
+        pair = [each.view(_BITS[each.element_size()]) for each in pair]
+    return torch.equal(*pair)
 
 
 def torch_states(device: torch.device) -> TorchStates:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from macrobatch import tree
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.loss import Weight, checked_counts, to_device
+from macrobatch.core.snapshot import same_bits
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.twopass import Alone, Gathered
 from macrobatch.core.weighting import Plan
@@ -25,6 +26,8 @@ from macrobatch.sync.base import Again
 __all__ = ["Peers", "joined", "ranks_in", "sparing_buffers", "trained_in", "unlike"]
 
 CPU = torch.device("cpu")
+
+_PART = 2**20  # elements
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -58,6 +61,18 @@ def joined(parts: Iterable[Tensor | list[float]], dtype: torch.dtype, device: to
 def trained_in(model: nn.Module) -> float:
     """A checksum of which parameters require grad."""
     return float(zlib.crc32(bytes(param.requires_grad for param in model.parameters())))
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's elements, in which each place has another weight so that none can stand for another, and
+    the sum of their magnitudes; float64."""
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    total = torch.zeros(2, dtype=torch.float64, device=tensor.device)
+    for index, part in enumerate(numbers.reshape(-1).split(_PART)):  # in little memory
+        part = part.double()
+        places = torch.arange(index * _PART, index * _PART + len(part), dtype=torch.float64, device=tensor.device)
+        total += torch.stack([part @ places.cos(), part.abs().sum()])
+    return total
 
 
 def ranks_in(group: dist.ProcessGroup | None) -> Ranks:
@@ -241,30 +256,32 @@ class Peers(Alone):
                 whole = torch.cat([tensor.reshape(-1) for tensor in members])
                 dist.broadcast(torch.view_as_real(whole) if whole.is_complex() else whole, source, group=self.group)
                 for tensor, part in zip(members, whole.split([tensor.numel() for tensor in members]), strict=True):
-                    if not (spares_equal and torch.equal(tensor, part.view(tensor.shape))):
+                    if not (spares_equal and same_bits(tensor, part.view(tensor.shape))):
                         tensor.copy_(part.view(tensor.shape))
 
-    def check_alike(self, numbers: Mapping[str, Tensor]) -> None:
-        """Compare checksums over ranks.
+    def check_alike(self, what: str, tensors: Sequence[Tensor]) -> None:
+        """Compare checksums of tensors over ranks, one by one.
 
         Raises:
             PeerError: on every rank, if one differs by more than rounding.
         """
-        mine = torch.stack([number.detach().double().to(self.device) for number in numbers.values()])
+        mine = torch.stack([_checksum(tensor).to(self.device) for tensor in tensors]).flatten()
         extremes = self.summed(torch.cat([mine, -mine]), dist.ReduceOp.MAX)
-        for name, high, low in zip(numbers, extremes, extremes[len(mine) :], strict=False):
-            if high + low > 1e-5 * abs(high):
+        highs, lows = extremes[: len(mine)], extremes[len(mine) :]
+        for index, tensor in enumerate(tensors):
+            high, low, magnitude = highs[2 * index], -lows[2 * index], highs[2 * index + 1]
+            if high - low > 1e-5 * magnitude:
                 raise PeerError(
-                    f"the {name} of the first window",
-                    given=f"checksums from {-low:g} to {high:g} over ranks",
+                    f"the {what} of the first window",
+                    given=f"checksums from {low:g} to {high:g} over ranks, of a tensor of shape {tuple(tensor.shape)}",
                     expected="the same on every rank",
                     fix="look for what changes parameters on one rank alone; cross_check=False turns this check off",
                 )
 
     def check_replicas(self, gradients: GradientBuffer) -> None:
         """Refuse replicas whose parameters or reduced gradients differ."""
-        params = [slot.param.detach().abs().sum(dtype=torch.float64).to(self.device) for slot in gradients.slots]
-        self.check_alike({"parameters": torch.stack(params).sum(), "gradients": gradients.norm()})
+        self.check_alike("parameters", [slot.param.detach() for slot in gradients.slots])
+        self.check_alike("gradients", [slot.local.detach() for slot in gradients.slots])
 
     def add(self, gradients: GradientBuffer) -> None:
         """Gradients, added up over ranks."""

@@ -270,11 +270,10 @@ class ShardedSync(Sync):
             return
         with peers.together():
             for group, members in by_group.items():
+                replicas = Peers(group, peers.device)
                 params: list[Any] = [slot.param for slot in members]
-                sums = [param.detach().to_local().abs().sum(dtype=torch.float64) for param in params]
-                squares = [slot.local.detach().abs().square().sum(dtype=torch.float64) for slot in members]
-                checksums = {"parameters": torch.stack(sums).sum(), "gradients": torch.stack(squares).sum()}
-                Peers(group, peers.device).check_alike(checksums)
+                replicas.check_alike("parameters", [param.detach().to_local() for param in params])
+                replicas.check_alike("gradients", [slot.local.detach() for slot in members])
 
     def _choose(self, slots: list[Slot]) -> None:
         """After two lean windows: the fastest policy that fits into what they left free, on every rank."""
