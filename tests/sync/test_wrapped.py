@@ -6,6 +6,7 @@ promise, EXACT, unless a test says otherwise.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -95,6 +96,30 @@ def test_window_any_option_of_ddp_and_unequal_shares_equals_one_process(ranks, n
 @pytest.mark.parametrize("name", OPTIONS)
 def test_first_window_without_samples_on_a_rank_equals_one_process(ranks, name):
     assert max(ranks(2).run(options_of_ddp, name, [[[], [2, 1]], *UNEQUAL], {})) <= EXACT
+
+
+def statistics(kind: str) -> list[Any]:
+    """Running means of two layers after two windows over other data on each rank, and those of this rank alone."""
+    own = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).double()
+    model = copy.deepcopy(own)
+    ignored = ["1.running_mean", "1.running_var", "1.num_batches_tracked"] if kind == "ignored" else []
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    wrapped = wrap(model, broadcast_buffers=kind != "left alone")
+    step = mb.TrainStep(wrapped, SGD(model.parameters(), lr=0.0), mean_square, micro_batch=2, sync=WrappedSync())
+    for _ in range(2):
+        x = torch.randn(4, 2, dtype=F64) + dist.get_rank()
+        step(x)
+        [own(part) for part in x.split(2)]
+    return [layer.running_mean for each in (model, own) for layer in each]
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("shared", [1, 1]), ("left alone", [0, 0]), ("ignored", [1, 0])])
+def test_buffers_are_shared_as_ddp_shares_them(ranks, kind, shared):
+    first, second = ranks(2).run(statistics, kind)
+    for layer, is_shared in enumerate(shared):
+        assert torch.equal(first[layer], first[layer + 2])
+        assert not torch.equal(second[layer + 2], first[layer + 2])  # the control
+        assert torch.equal(second[layer], first[layer] if is_shared else second[layer + 2])
 
 
 class Reentrant(nn.Sequential):

@@ -153,8 +153,10 @@ def _be_rank(rank: int, job: _Job, folder: Path) -> None:
 
 
 def _loaded(folder: Path, rank: int) -> Any:
+    """What a rank returned, of any class; None after sys.exit(0). The file is from a child of this process, in a folder
+    that nobody else can write to."""
     path = folder / f"{rank}.result"
-    return torch.load(path, weights_only=False) if path.exists() else None  # None after sys.exit(0)
+    return torch.load(path, weights_only=False) if path.exists() else None
 
 
 def _failure(error: ProcessException, job: _Job, folder: Path) -> PeerError:

@@ -34,9 +34,9 @@ class WrappedSync(Sync):
     every parameter used in the last micro-batch, or `find_unused_parameters=True`. FSDP1 gathers parameters in each
     forward, so all its ranks run the same number of micro-batches. Neither lets 16-bit parameters accumulate in
     float32; `ReplicatedSync`, on the module itself, does. A rank with too few micro-batches runs its last one, or
-    another's, with weight zero. An error on one rank cannot be told to the others; they end with the group's timeout.
-    Where a window may have to be run again because memory does not suffice, DDP reduces in a micro-batch of weight zero
-    behind all others, so that a rank can begin anew by itself.
+    another's, with weight zero. Module buffers that DDP leaves to each rank stay there. An error on one rank cannot be
+    told to the others; they end with the group's timeout. Where a window may have to be run again because memory does
+    not suffice, DDP reduces in a micro-batch of weight zero behind all others, so that a rank can begin anew by itself.
 
     Args:
         cross_check: after the first window, compare a checksum of replicas' gradients and parameters over ranks.
@@ -196,7 +196,7 @@ class WrappedSync(Sync):
         else:
             self._peers.add(gradients)
         source = self._peers.add_up(gradients, tally)
-        self._peers.broadcast(self._model.buffers(), source=source)
+        self._peers.broadcast(_shared_buffers(self._model), source=source)
         if self._cross_check:
             self._cross_check = False
             self._peers.check_replicas(gradients)
@@ -251,6 +251,15 @@ class LoneSync(Sync):
 
 def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
     return model.process_group if isinstance(model, DistributedDataParallel | FullyShardedDataParallel) else None
+
+
+def _shared_buffers(model: DistributedDataParallel | FullyShardedDataParallel) -> list[Tensor]:
+    """The module buffers that are to be alike on all ranks."""
+    if not isinstance(model, DistributedDataParallel):
+        return list(model.buffers())
+    if not model.broadcast_buffers:
+        return []
+    return [buffer for name, buffer in model.module.named_buffers() if name not in model.parameters_to_ignore]
 
 
 def _shards_by_parameter(model: FullyShardedDataParallel) -> dict[int, tuple[dist.ProcessGroup, ...]]:
