@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from macrobatch.core.snapshot import same_bits
 from macrobatch.errors import LossError
 
 __all__ = ["HALF", "Rounded", "keep_address"]
@@ -69,7 +70,7 @@ class Rounded:
             return
         self._num_unchecked -= 1
         pairs = zip(self._params, self._copies, strict=True)
-        if any((param.to(copy.dtype).view(torch.int16) != copy.view(torch.int16)).any() for param, copy in pairs):
+        if not all(same_bits(param.to(copy.dtype), copy) for param, copy in pairs):
             raise LossError(
                 "loss_fn",
                 given="a model whose forward changes the weights of its linear layers",
