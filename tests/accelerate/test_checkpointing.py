@@ -889,6 +889,7 @@ def hooked(package: str, settings: dict[str, Any], folder: Path) -> list[str]:
         accelerator.register_save_state_pre_hook(lambda models, *_: seen.extend(type(m).__name__ for m in models))
         accelerator.register_load_state_pre_hook(lambda models, *_: seen.extend(type(m).__name__ for m in models))
         accelerator.save_state(str(folder))
+        accelerator.wait_for_everyone()  # the original's ranks do not wait for the one that writes
         accelerator.load_state(str(folder))
         return seen
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -19,6 +20,9 @@ from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.colossalai.nn.metric import Accuracy
 from macrobatch.colossalai.trainer import Trainer, hooks
 from macrobatch.colossalai.utils import DataParallelSampler, MultiTimer, load_checkpoint
+from tests.sync.windows import Collectives
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 @pytest.fixture(autouse=True)
@@ -343,6 +347,70 @@ def test_a_metric_of_ones_own_is_shown_and_logged(tmp_path):
     events = EventAccumulator(str(tmp_path / "board" / "rank_0")).Reload()
     assert [event.value for event in events.Scalars("Largest/train")] == pytest.approx(own.metric.losses)
     assert [event.value for event in events.Scalars("Largest/train_epoch")] == pytest.approx([max(own.metric.losses)])
+
+
+def test_what_is_shown_is_asked_for_at_the_end_of_a_window():
+    """Asking waits for the device, and for all ranks."""
+
+    class Asked(LargestLoss):
+        num_asked = 0
+
+        def get_last_step_value(self) -> float:
+            self.num_asked += 1
+            return super().get_last_step_value()
+
+    class AskedHook(LargestLossHook):
+        def after_hook_is_attached(self, trainer: Any) -> None:
+            self._check_metric_states_initialization(trainer)
+            self.metric = trainer.states["metrics"]["train"]["Largest"] = Asked()
+
+    run, loader, _, _ = trainer()  # 11 batches: windows of 4, 4 and 3
+    own = AskedHook()
+    run.fit(loader, epochs=2, hooks=[own, hooks.LogMetricByStepHook()])
+    assert own.metric.num_asked == 6
+
+
+class Meetings(hooks.BaseHook):
+    """Counts the collectives of every micro-iteration, what hooks with a lower priority do among them."""
+
+    def __init__(self) -> None:
+        super().__init__(priority=100)
+        self.nums: list[int] = []
+
+    def before_train_iter(self, trainer: Any) -> None:
+        self.mode = Collectives()
+        self.mode.__enter__()
+
+    def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        self.mode.__exit__(None, None, None)
+        self.nums.append(self.mode.count.total())
+
+
+def job_of_hooks(folder: str) -> tuple[list[int], list[float], list[float]]:
+    """Collectives of each micro-iteration; losses in TensorBoard, and their means over ranks."""
+    run, loader, schedule, _ = trainer(num=16, timer=MultiTimer())
+    losses: list[float] = []
+
+    class Noting(hooks.BaseHook):
+        def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+            losses.append(loss.item())
+
+    meetings = Meetings()
+    shown = [hooks.LossHook(), hooks.AccuracyHook(Accuracy()), hooks.ThroughputHook(), hooks.LogMetricByStepHook()]
+    board = [hooks.LRSchedulerHook(schedule, by_epoch=False), hooks.TensorboardHook(folder, ranks=[0, 1])]
+    run.fit(loader, epochs=1, hooks=[*shown, *board, Noting(), meetings])
+    events = EventAccumulator(f"{folder}/rank_{dist.get_rank()}").Reload()
+    everywhere = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(everywhere)
+    gpc.destroy()
+    return meetings.nums, [event.value for event in events.Scalars("Loss/train")], (everywhere / 2).tolist()
+
+
+def test_ranks_do_not_meet_within_a_window_and_every_iteration_is_written(ranks, tmp_path):
+    for nums, written, losses in ranks(2).run(job_of_hooks, str(tmp_path)):
+        assert len(nums) == 8
+        assert [num > 0 for num in nums[4:]] == [False, False, False, True]  # the first window compares checksums
+        assert written == pytest.approx(losses, rel=1e-6)  # TensorBoard keeps float32
 
 
 def test_accuracy_is_that_of_the_first_output():

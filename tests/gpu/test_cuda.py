@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import macrobatch as mb
 from macrobatch import tree
 from macrobatch.colossalai.trainer.hooks.metric_hook import Metric
+from macrobatch.colossalai.utils import MultiTimer
 from macrobatch.testing.models import CASES, Case
 from macrobatch.testing.reference import full_batch_gradient, gradients_of, relative_error
 
@@ -180,6 +181,19 @@ def test_step_checked_waits_only_after_the_last_backward():
         assert step(batch).skipped is None
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_stopwatch_does_not_wait_until_it_is_read():
+    timer = MultiTimer()
+    timer.start("step")
+    torch.cuda._sleep(10**9)  # cycles: about half a second
+    end = torch.cuda.Event()
+    end.record()
+    timer.stop("step", keep_in_history=True)
+    assert not end.query()
+    (seconds,) = timer.get_timer("step").get_history()
+    assert end.query()
+    assert seconds > 0.1
 
 
 def test_metrics_of_a_trainer_do_not_wait_until_they_are_read():

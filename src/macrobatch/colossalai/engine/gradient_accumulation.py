@@ -77,6 +77,8 @@ class GradAccumOptimizer(Optimizer):
         """Whether the next pass over a loader goes on with the window under way, instead of giving it up."""
         self.has_updated = False
         """Whether the last micro-iteration ended in an update."""
+        self.has_closed = False
+        """Whether the last micro-iteration was the last of its window, in which ranks meet and hosts wait anyway."""
         self.num_iterations = 0
         """Micro-iterations so far."""
         self.accumulation.begin()
@@ -160,7 +162,7 @@ class GradAccumOptimizer(Optimizer):
         accumulation = self.accumulation
         if not accumulation.is_inside:
             return self.optim.step(*args)
-        result, self.has_updated = None, False
+        result, self.has_updated, self.has_closed = None, False, accumulation.is_last
         try:
             if accumulation.is_last:
                 with accumulation.lent_to([self.optim]) as self.has_updated:

@@ -145,7 +145,7 @@ class Trainer:
                 self._stop("Train-step")
                 self._call("after_train_iter", *outcome)
                 self.cur_step += 1
-                bar.set_postfix(self.states.get("step_metrics", {}))
+                bar.set_postfix(self.states.get("step_metrics", {}), refresh=False)
                 bar.update()
         data_iter.close()
         self.cur_epoch += 1
@@ -178,7 +178,7 @@ class Trainer:
                 )
                 self._stop("Test-step")
                 self._call("after_test_iter", *outcome)
-                bar.set_postfix(self.states.get("step_metrics", {}))
+                bar.set_postfix(self.states.get("step_metrics", {}), refresh=False)
                 bar.update()
         self._call("after_test_epoch")
         self._call("after_test")

@@ -6,10 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from macrobatch.checks import check_integer
 from macrobatch.colossalai.context import ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
+from macrobatch.colossalai.trainer.hooks.metric_hook import Metric, Throughput, means
 from macrobatch.colossalai.utils.memory import report_memory_usage
 
 __all__ = [
@@ -30,9 +33,11 @@ def _metrics(trainer: Any, mode: str) -> dict[str, Any]:
 
 
 class LogMetricByStepHook(BaseHook):
-    """The metrics of the last iteration, on the progress bar."""
+    """The metrics of the last iteration of each window, on the progress bar. In between, nobody waits for them."""
 
     def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
+        if not trainer.engine.optimizer.has_closed:
+            return
         trainer.states["step_metrics"] = {
             name.lower(): _shown(metric.get_last_step_value())
             for name, metric in _metrics(trainer, "train").items()
@@ -146,7 +151,8 @@ class LogTimingByEpochHook(_EveryFewEpochs):
 
 
 class TensorboardHook(BaseHook):
-    """Metrics in TensorBoard, a folder for each rank that writes.
+    """Metrics in TensorBoard, a folder for each rank that writes. Those of the iterations of a window are written when
+    it ends.
 
     Args:
         log_dir: where.
@@ -162,6 +168,7 @@ class TensorboardHook(BaseHook):
     ) -> None:
         super().__init__(priority)
         self._writer: Any = None
+        self._held: list[tuple[str, int, tuple[Tensor, int]]] = []
         self._writes = gpc.get_local_rank(parallel_mode) in ([0] if ranks is None else ranks)
         if self._writes:
             from torch.utils.tensorboard import SummaryWriter
@@ -169,23 +176,36 @@ class TensorboardHook(BaseHook):
             self._writer = SummaryWriter(os.path.join(log_dir, f"rank_{gpc.get_global_rank()}"))
 
     def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
-        self._write(trainer, "train", trainer.cur_step, is_epoch=False)
+        for name, metric in _metrics(trainer, "train").items():
+            if isinstance(metric, Metric):
+                if metric.latest is not None:
+                    self._held.append((name, trainer.cur_step, metric.latest))
+            elif not (metric.epoch_only or isinstance(metric, Throughput)):  # that is text
+                self._write(f"{name}/train", metric.get_last_step_value(), trainer.cur_step)
+        if trainer.engine.optimizer.has_closed:
+            self._release()
 
     def after_train_epoch(self, trainer: Any) -> None:
-        self._write(trainer, "train", trainer.cur_epoch, is_epoch=True)
+        self._release()
+        self._write_epoch(trainer, "train")
 
     def after_test_epoch(self, trainer: Any) -> None:
-        self._write(trainer, "test", trainer.cur_epoch, is_epoch=True)
+        self._write_epoch(trainer, "test")
 
     def after_train(self, trainer: Any) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, trainer: Any, mode: str, step: int, *, is_epoch: bool) -> None:
+    def _release(self) -> None:
+        for (name, step, _), value in zip(self._held, means([latest for *_, latest in self._held]), strict=True):
+            self._write(f"{name}/train", value, step)
+        self._held = []
+
+    def _write_epoch(self, trainer: Any, mode: str) -> None:
         for name, metric in _metrics(trainer, mode).items():
-            if metric.epoch_only and not is_epoch:
-                continue
             # Asked on every rank, since a metric is a sum over all of them.
-            value = metric.get_accumulated_value() if is_epoch else metric.get_last_step_value()
-            if self._writer is not None and not isinstance(value, str):
-                self._writer.add_scalar(f"{name}/{mode}" + ("_epoch" if is_epoch else ""), value, step)
+            self._write(f"{name}/{mode}_epoch", metric.get_accumulated_value(), trainer.cur_epoch)
+
+    def _write(self, name: str, value: float | str, step: int) -> None:
+        if self._writer is not None and not isinstance(value, str):
+            self._writer.add_scalar(name, value, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,11 @@ class Metric:
 
     def get_last_step_value(self) -> float:
         """The mean over the last batch, over all ranks."""
-        return 0.0 if self.latest is None else _mean(*self.latest)
+        return 0.0 if self.latest is None else means([self.latest])[0]
 
     def get_accumulated_value(self) -> float:
         """The mean over the epoch so far, over all ranks."""
-        return 0.0 if self.total is None else _mean(self.total, self.count)
+        return 0.0 if self.total is None else means([(self.total, self.count)])[0]
 
 
 LossMetric = Metric
@@ -160,7 +160,10 @@ class ThroughputHook(MetricHook):
                 fix="build Trainer(engine, timer=MultiTimer())",
             )
         self._check_metric_states_initialization(trainer)
-        self._by_mode = {"train": Throughput(self), "test": Throughput(self)}
+        self._by_mode = {
+            mode: Throughput(self, lambda name=name: trainer.timer.get_timer(name).get_history())
+            for mode, name in (("train", "Train-step"), ("test", "Test-step"))
+        }
         for mode, throughput in self._by_mode.items():
             trainer.states["metrics"][mode]["Throughput"] = throughput
 
@@ -168,53 +171,55 @@ class ThroughputHook(MetricHook):
         self._by_mode["train"].reset()
 
     def after_train_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
-        seconds = trainer.timer.get_timer("Train-step").get_elapsed_time()
-        self._by_mode["train"].add(trainer.engine.schedule.batch_size, seconds)
+        self._by_mode["train"].add(trainer.engine.schedule.batch_size)
 
     def before_test_epoch(self, trainer: Any) -> None:
         self._by_mode["test"].reset()
 
     def after_test_iter(self, trainer: Any, output: Any, label: Any, loss: Any) -> None:
-        seconds = trainer.timer.get_timer("Test-step").get_elapsed_time()
-        self._by_mode["test"].add(trainer.engine.schedule.batch_size, seconds)
+        self._by_mode["test"].add(trainer.engine.schedule.batch_size)
 
 
 class Throughput:
-    """Samples and seconds of an epoch."""
+    """Samples and seconds of an epoch.
+
+    Args:
+        hook: how to count.
+        history: called, when somebody looks, for the seconds of each batch, the latest last.
+    """
 
     epoch_only = False
 
-    def __init__(self, hook: ThroughputHook) -> None:
+    def __init__(self, hook: ThroughputHook, history: Callable[[], list[float]]) -> None:
         self._hook = hook
+        self._history = history
         self.reset()
 
     def reset(self) -> None:
         """An epoch begins."""
-        self.num_steps = self.num_samples = 0
-        self.seconds = 0.0
-        self.latest = (0, 0.0)
+        self.num_samples: list[int] = []
 
-    def add(self, num_samples: int, seconds: float) -> None:
+    def add(self, num_samples: int) -> None:
         """A batch."""
-        self.num_steps += 1
-        self.latest = num_samples, seconds
-        if self.num_steps > self._hook.ignored_steps:
-            self.num_samples += num_samples
-            self.seconds += seconds
+        self.num_samples.append(num_samples)
 
     def get_last_step_value(self) -> str:
         """Of the last batch."""
-        return self._text(*self.latest, 1)
+        return self._text(max(len(self.num_samples) - 1, 0))
 
     def get_accumulated_value(self) -> str:
         """Of the epoch so far."""
-        return self._text(self.num_samples, self.seconds, max(self.num_steps - self._hook.ignored_steps, 0))
+        return self._text(self._hook.ignored_steps)
 
-    def _text(self, num_samples: int, seconds: float, num_steps: int) -> str:
+    def _text(self, begin: int) -> str:
+        """From the batch with that number on."""
+        num_steps = len(self.num_samples)
+        samples = self.num_samples[begin:]
+        seconds = sum(self._history()[-num_steps:][begin:]) if samples else 0.0
         num_ranks = 1 if self._hook.use_local else gpc.data_parallel_size
-        rate = f"{num_samples * num_ranks / (seconds + 1e-12):.3f} sample/s"
+        rate = f"{sum(samples) * num_ranks / (seconds + 1e-12):.3f} sample/s"
         if self._hook.tflop_per_step:
-            rate += f", {self._hook.tflop_per_step * num_steps / (seconds + 1e-12):.3f} tflops"
+            rate += f", {self._hook.tflop_per_step * len(samples) / (seconds + 1e-12):.3f} tflops"
         return rate
 
 
@@ -224,9 +229,12 @@ def _add_mean(metric: Metric, trainer: Any, loss: Any) -> None:
         metric.add(loss.detach() * num, num)
 
 
-def _mean(total: Tensor, count: int) -> float:
-    sums = torch.stack([total, torch.full_like(total, count)])
+def means(sums: Sequence[tuple[Tensor, int]]) -> list[float]:
+    """From sums and what they are over, the means over all ranks; they are waited for, once. All ranks call."""
+    if not sums:
+        return []
+    totals = torch.stack([total for total, _ in sums])
+    both = torch.stack([totals, totals.new_tensor([count for _, count in sums])])
     if gpc.data_parallel_size > 1:
-        dist.all_reduce(sums)
-    numbers = sums.tolist()
-    return numbers[0] / numbers[1] if numbers[1] else 0.0
+        dist.all_reduce(both)
+    return [total / count if count else 0.0 for total, count in zip(*both.tolist(), strict=True)]
