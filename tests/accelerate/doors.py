@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +17,15 @@ ORIGINAL, OURS = BOTH
 
 def reset() -> None:
     """Forget what either package knows of this process."""
-    for package in BOTH:
-        state = importlib.import_module(f"{package}.state")
+    for state in [sys.modules[f"{package}.state"] for package in BOTH if f"{package}.state" in sys.modules]:
         for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
             kind._reset_state()
+
+
+def build(package: str = OURS, **options: Any) -> Any:
+    """An accelerator on the CPU, and nothing left of one before."""
+    reset()
+    return importlib.import_module(package).Accelerator(cpu=True, **options)
 
 
 @contextmanager
@@ -36,3 +42,12 @@ def entered(package: str) -> Generator[Any]:
         os.environ.clear()
         os.environ.update(before)
         reset()
+
+
+def of_both(ranks: Any, num_ranks: int, job: Callable[..., Any], *arguments: Any) -> tuple[list[Any], list[Any]]:
+    """What all ranks of the original return, and all of ours; a single one is this process."""
+    theirs, ours = (
+        ranks(num_ranks).run(job, package, *arguments) if num_ranks > 1 else [job(package, *arguments)]
+        for package in BOTH
+    )
+    return theirs, ours

@@ -20,18 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import macrobatch as mb
-
-BOTH = ["accelerate", "macrobatch.accelerate"]
-ORIGINAL, OURS = BOTH
-
-
-@pytest.fixture(autouse=True)
-def clean_slate() -> Iterator[None]:
-    yield
-    for package in BOTH:
-        state = importlib.import_module(f"{package}.state")
-        for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
-            kind._reset_state()
+from tests.accelerate.doors import BOTH, ORIGINAL, OURS
 
 
 def accelerator(package: str, num_steps: int = 4, **options: Any) -> Any:

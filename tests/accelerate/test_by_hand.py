@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered
+from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered, of_both
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -78,12 +78,7 @@ def full_batch(num_together: int, num_batches: int) -> Tensor:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_recipe_for_tokens_is_the_full_batch(ranks: Any, num_ranks: int, num_steps: int, num_batches: int):
     num_batches *= num_ranks
-    theirs, ours = (
-        ranks(num_ranks).run(recipe, package, num_steps, num_batches)
-        if num_ranks > 1
-        else [recipe(package, num_steps, num_batches)]
-        for package in BOTH
-    )
+    theirs, ours = of_both(ranks, num_ranks, recipe, num_steps, num_batches)
     expected = full_batch(num_steps * num_ranks, num_batches)
     for weights in ours:
         assert torch.equal(weights, ours[0])
@@ -119,14 +114,9 @@ def by_hand(package: str, num_steps: int, every: int, *, holds: bool, prepares: 
 @pytest.mark.parametrize("holds", [True, False], ids=["no_sync", "plain"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_sums_of_backwards_are_the_originals(ranks: Any, num_ranks: int, holds: bool, prepares: bool, num_steps: int):
-    jobs = [
-        ranks(2).run(hand_job, package, num_steps, holds, prepares)[0]
-        if num_ranks > 1
-        else hand_job(package, num_steps, holds, prepares)
-        for package in BOTH
-    ]
-    assert jobs[0] == jobs[1]
-    assert len(jobs[0]) == 4 // num_ranks
+    theirs, ours = of_both(ranks, num_ranks, hand_job, num_steps, holds, prepares)
+    assert ours[0] == theirs[0]
+    assert len(ours[0]) == 4 // num_ranks
 
 
 def hand_job(package: str, num_steps: int, holds: bool, prepares: bool) -> list[float]:
@@ -209,12 +199,7 @@ def beside(package: str, num_steps: int, *, in_blocks: bool) -> list[list[float]
 def test_a_model_that_is_not_prepared_gets_the_originals_gradient(
     ranks: Any, num_ranks: int, in_blocks: bool, num_steps: int
 ):
-    jobs = [
-        ranks(2).run(beside_job, package, num_steps, in_blocks)
-        if num_ranks > 1
-        else [beside_job(package, num_steps, in_blocks)]
-        for package in BOTH
-    ]
+    jobs = of_both(ranks, num_ranks, beside_job, num_steps, in_blocks)
     turns = {1: [0, 1, 2], 2: [2] if in_blocks else [1]}[num_ranks]  # where a held gradient is that of one rank
     for rank, (theirs, ours) in enumerate(zip(*jobs, strict=True)):
         expected = [(1.0 + rank) * turn / num_steps for turn in (1, 2, 3)]

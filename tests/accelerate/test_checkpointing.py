@@ -7,7 +7,7 @@ import importlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from macrobatch.accelerate import Accelerator
-from macrobatch.accelerate import state as states
 from macrobatch.accelerate.utils import ProjectConfiguration
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 from macrobatch.testing.scripts import run_script
-from tests.accelerate.doors import ORIGINAL, OURS, entered
+from tests.accelerate.doors import ORIGINAL, OURS, build, entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 SIZE = 44
 NUM_STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def clean_slate() -> Iterator[None]:
-    yield
-    reset()
-
-
-def reset() -> None:
-    for kind in (states.AcceleratorState, states.PartialState, states.GradientState):
-        kind._reset_state()
 
 
 def data() -> TensorDataset:
@@ -53,8 +40,7 @@ class Run:
     """A training with dropout, momentum and a schedule, whose every random number counts."""
 
     def __init__(self, **options: Any) -> None:
-        reset()
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=NUM_STEPS, **options)
+        self.accelerator = build(gradient_accumulation_steps=NUM_STEPS, **options)
         model: Any = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3), nn.Linear(5, 1)).double()
         optimizer: Any = torch.optim.Adam(model.parameters(), lr=0.05)
         scheduler: Any = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -142,8 +128,7 @@ def linear() -> nn.Module:
 
 def plainly(num_steps: int, folder: Path, stop: int | None, loads: bool = False) -> list[float]:
     """A training without randomness, so that it can be told what it should come to on any number of ranks."""
-    reset()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=num_steps)
+    accelerator = build(gradient_accumulation_steps=num_steps)
     model: Any = linear()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     loader: Any = DataLoader(data(), batch_size=2)
@@ -219,21 +204,13 @@ def test_numbers_go_on_after_loading(tmp_path: Path):
 
 @pytest.mark.better("W22")
 def test_the_original_cannot_save_after_loading(tmp_path: Path):
-    original = importlib.import_module("accelerate")
     options = {"project_dir": str(tmp_path), "automatic_checkpoint_naming": True}
-    try:
-        for attempt in range(2):
-            door = original.Accelerator(cpu=True, project_config=original.utils.ProjectConfiguration(**options))
-            if attempt:
-                door.load_state()
-                with pytest.raises(ValueError, match="already exists"):
-                    door.save_state()
-            else:
-                door.save_state()
-    finally:
-        module = importlib.import_module("accelerate.state")
-        for kind in (module.AcceleratorState, module.PartialState, module.GradientState):
-            kind._reset_state()
+    configuration = importlib.import_module("accelerate.utils").ProjectConfiguration
+    build(ORIGINAL, project_config=configuration(**options)).save_state()
+    again = build(ORIGINAL, project_config=configuration(**options))
+    again.load_state()
+    with pytest.raises(ValueError, match="already exists"):
+        again.save_state()
 
 
 def test_total_limit_keeps_the_latest(tmp_path: Path):
@@ -405,8 +382,7 @@ class TwoWindows:
     """Two models with a window each, of three micro-batches."""
 
     def __init__(self) -> None:
-        reset()
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        self.accelerator = build(gradient_accumulation_steps=3)
         torch.manual_seed(0)
         models: list[Any] = [nn.Linear(2, 1).double(), nn.Linear(3, 1).double()]
         optimizers: list[Any] = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
@@ -465,8 +441,7 @@ def test_another_model_is_refused(tmp_path: Path):
     run = Run()
     run.accelerator.save_state(tmp_path)
     for model in (nn.Linear(3, 5), nn.Sequential(nn.Linear(3, 5), nn.Dropout(), nn.Linear(5, 2)), nn.Identity()):
-        reset()
-        accelerator = Accelerator(cpu=True)
+        accelerator = build()
         model = accelerator.prepare(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(StateError, match="load_state"):
@@ -673,7 +648,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "torch"])
 def test_tied_weights_stay_tied(tmp_path: Path, safe: bool):
-    accelerator = Accelerator(cpu=True)
+    accelerator = build()
     model = accelerator.prepare(Tied())
     expected = model.head.weight.detach().clone()
     accelerator.save_state(tmp_path, safe_serialization=safe)
@@ -686,8 +661,7 @@ def test_tied_weights_stay_tied(tmp_path: Path, safe: bool):
 
 def test_several_of_everything(tmp_path: Path):
     def both() -> tuple[Any, ...]:
-        reset()
-        accelerator = Accelerator(cpu=True)
+        accelerator = build()
         models: list[Any] = [nn.Linear(2, 1), nn.Linear(3, 1)]
         optimizers: list[Any] = [torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5) for model in models]
         return accelerator, *accelerator.prepare(*models, *optimizers)
@@ -804,7 +778,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_model_in_one_file(tmp_path: Path):
-    accelerator, model = Accelerator(cpu=True), nn.Linear(4, 4)
+    accelerator, model = build(), nn.Linear(4, 4)
     accelerator.save_model(model, tmp_path / "new" / "folder")
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["model.safetensors"]
     assert torch.equal(load_file(tmp_path / "new" / "folder" / "model.safetensors")["weight"], model.weight)
@@ -813,7 +787,7 @@ def test_a_model_in_one_file(tmp_path: Path):
 
 
 def test_a_model_in_several_files(tmp_path: Path):
-    accelerator = Accelerator(cpu=True)
+    accelerator = build()
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     for limit, num_files in (("300B", 3), (1, 6), ("1KB", 1), ("0.5KB", None), ("64B", 6)):
         if num_files is None:
@@ -832,7 +806,7 @@ def test_a_model_in_several_files(tmp_path: Path):
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "many", "", None, True], ids=repr)
 def test_no_size_is_refused(tmp_path: Path, limit: Any):
     with pytest.raises(ArgumentError, match="max_shard_size"):
-        Accelerator(cpu=True).save_model(nn.Linear(1, 1), tmp_path / "new", max_shard_size=limit)
+        build().save_model(nn.Linear(1, 1), tmp_path / "new", max_shard_size=limit)
     assert not (tmp_path / "new").exists()
 
 
@@ -840,7 +814,7 @@ def test_no_size_is_refused(tmp_path: Path, limit: Any):
 def test_transformers_reads_what_was_saved(tmp_path: Path, limit: str):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = build()
     config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
     model = accelerator.prepare(GPT2LMHeadModel(config)).eval()
     config.save_pretrained(tmp_path)
@@ -857,7 +831,7 @@ def test_transformers_reads_what_was_saved(tmp_path: Path, limit: str):
 
 
 def test_an_object_is_saved_alone(tmp_path: Path):
-    accelerator = Accelerator(cpu=True)
+    accelerator = build()
     accelerator.save({"x": torch.ones(2)}, tmp_path / "x.bin")
     assert torch.load(tmp_path / "x.bin")["x"].tolist() == [1.0, 1.0]
     accelerator.save({"x": torch.ones(2)}, tmp_path / "x.safetensors", safe_serialization=True)
@@ -865,8 +839,7 @@ def test_an_object_is_saved_alone(tmp_path: Path):
 
 
 def saves_on_each_node(folder: Path) -> bool:
-    reset()
-    accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(save_on_each_node=True))
+    accelerator = build(project_config=ProjectConfiguration(save_on_each_node=True))
     accelerator.save({"rank": accelerator.process_index}, folder / "x.bin")
     accelerator.save_state(folder / "checkpoint")
     accelerator.wait_for_everyone()

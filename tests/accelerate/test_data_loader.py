@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,25 +21,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from macrobatch.accelerate.utils import patch_environment
-
-BOTH = ["accelerate", "macrobatch.accelerate"]
-ORIGINAL, OURS = BOTH
+from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-@pytest.fixture(autouse=True)
-def clean_slate() -> Iterator[None]:
-    yield
-    reset()
-
-
-def reset() -> None:
-    for package in BOTH:
-        state = importlib.import_module(f"{package}.state")
-        for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
-            kind._reset_state()
 
 
 def module(package: str) -> Any:
@@ -260,7 +243,6 @@ def test_nothing_is_read_ahead():
         data = Recorded(6)
         read = [len(data.read) for _ in module(package).prepare_data_loader(DataLoader(data, batch_size=2))]
         assert read == ([4, 6, 6] if package == ORIGINAL else [2, 4, 6])
-        reset()
 
 
 def test_a_worker_process():
@@ -456,13 +438,8 @@ def test_the_sampler_can_be_seen_and_replaced():
 @contextmanager
 def door(package: str, **options: Any) -> Generator[Any]:
     """An accelerator of one door, for the ranks of this process, and nothing of it left afterwards."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    reset()
-    with patch_environment(**variables):
-        configuration = importlib.import_module(f"{package}.utils").DataLoaderConfiguration(**options)
-        yield importlib.import_module(package).Accelerator(cpu=True, dataloader_config=configuration)
-    reset()
+    with entered(package) as found:
+        yield found.Accelerator(cpu=True, dataloader_config=found.utils.DataLoaderConfiguration(**options))
 
 
 def of_ranks(package: str, kind: str, size: int, options: dict[str, Any], batch_size: int = 2) -> Any:

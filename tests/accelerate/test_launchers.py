@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +19,6 @@ from macrobatch.accelerate.state import AcceleratorState, PartialState
 from macrobatch.errors import ArgumentError, PeerError, WindowError
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def write_facts(folder: Path) -> str:

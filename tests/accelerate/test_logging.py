@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,11 @@ import pytest
 import torch.distributed as dist
 
 from macrobatch.accelerate.logging import MultiProcessAdapter, get_logger
-from macrobatch.accelerate.state import AcceleratorState, PartialState
+from macrobatch.accelerate.state import PartialState
 from macrobatch.accelerate.utils.environment import patch_environment
+from tests.accelerate.doors import ORIGINAL, OURS
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def spoken(door: str, path: Path) -> None:

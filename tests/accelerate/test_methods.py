@@ -9,17 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.accelerate.doors import BOTH, OURS, entered
+from tests.accelerate.doors import BOTH, OURS, entered, of_both
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-def of_both(ranks: Any, num_ranks: int, job: Any, *arguments: Any) -> tuple[list[Any], list[Any]]:
-    """What all ranks of the original return, and of ours."""
-    theirs, ours = (
-        ranks(2).run(job, package, *arguments) if num_ranks > 1 else [job(package, *arguments)] for package in BOTH
-    )
-    return theirs, ours
 
 
 def gradients_of(package: str, method: str) -> list[list[float]]:
@@ -56,17 +48,16 @@ def test_methods_of_the_whole_gradient(ranks: Any, num_ranks: int, method: str):
     assert ours[0] == (clipped if method == "value" else whole)
 
 
-def test_elements_of_a_part_of_a_sum_are_not_clipped():
-    with entered(OURS) as door:
-        accelerator = door.Accelerator(cpu=True, gradient_accumulation_steps=2)
-        module = nn.Linear(1, 1, bias=False)
-        model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
-        for x in (8.0, -8.0):
-            with accelerator.accumulate(model):
-                accelerator.backward(model(torch.full((1, 1), x)).sum())
-                accelerator.clip_grad_value_(model.parameters(), 1.0)
-                optimizer.step()
-        assert module.weight.grad.item() == 0.0  # and not 1 - 4, clipped
+def test_elements_of_a_part_of_a_sum_are_not_clipped(build: Any):
+    accelerator = build(gradient_accumulation_steps=2)
+    module = nn.Linear(1, 1, bias=False)
+    model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.0))
+    for x in (8.0, -8.0):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.full((1, 1), x)).sum())
+            accelerator.clip_grad_value_(model.parameters(), 1.0)
+            optimizer.step()
+    assert module.weight.grad.item() == 0.0  # and not 1 - 4, clipped
 
 
 def rates(package: str, follows: bool) -> list[float]:
@@ -159,18 +150,17 @@ def test_decorators_choose_ranks(ranks: Any):
     assert ours[0] == ["on_main_process", "on_local_main_process"]
 
 
-def test_a_window_without_weight_is_skipped_and_says_so():
-    with entered(OURS) as door:
-        accelerator = door.Accelerator(cpu=True)
-        module = nn.Linear(1, 1)
-        model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
-        skipped: list[bool] = []
-        for weight in (0, 2):
-            with accelerator.accumulate(model):
-                accelerator.backward(model(torch.ones(1, 1)).sum() * weight, weight=weight)
-                optimizer.step()
-            skipped.append(accelerator.optimizer_step_was_skipped)
-        assert skipped == [True, False]
+def test_a_window_without_weight_is_skipped_and_says_so(build: Any):
+    accelerator = build()
+    module = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    skipped: list[bool] = []
+    for weight in (0, 2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(1, 1)).sum() * weight, weight=weight)
+            optimizer.step()
+        skipped.append(accelerator.optimizer_step_was_skipped)
+    assert skipped == [True, False]
 
 
 def test_a_profile_is_written_for_each_rank(tmp_path: Path):
@@ -185,22 +175,21 @@ def test_a_profile_is_written_for_each_rank(tmp_path: Path):
 
 @pytest.mark.parametrize("method", ["clear", "free_memory"])
 @pytest.mark.parametrize("package", BOTH)
-def test_whatever_was_prepared_is_let_go_of(package: str, method: str):
-    with entered(package) as door:
-        accelerator = door.Accelerator(cpu=True, gradient_accumulation_steps=2)
-        module = nn.Linear(1, 1)
-        model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
-        with accelerator.accumulate(model):  # a window is under way
+def test_whatever_was_prepared_is_let_go_of(build: Any, package: str, method: str):
+    accelerator = build(package, gradient_accumulation_steps=2)
+    module = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    with accelerator.accumulate(model):  # a window is under way
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+    assert list(getattr(accelerator, method)(model, optimizer)) == [None, None]
+    assert accelerator._models == accelerator._optimizers == []
+    assert accelerator.step == 0
+    again = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(again, torch.optim.SGD(again.parameters(), lr=0.1))
+    flags = []
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            flags.append(accelerator.sync_gradients)
             accelerator.backward(model(torch.ones(1, 1)).sum())
-        assert list(getattr(accelerator, method)(model, optimizer)) == [None, None]
-        assert accelerator._models == accelerator._optimizers == []
-        assert accelerator.step == 0
-        again = nn.Linear(1, 1)
-        model, optimizer = accelerator.prepare(again, torch.optim.SGD(again.parameters(), lr=0.1))
-        flags = []
-        for _ in range(2):
-            with accelerator.accumulate(model):
-                flags.append(accelerator.sync_gradients)
-                accelerator.backward(model(torch.ones(1, 1)).sum())
-                optimizer.step()
-        assert flags == [False, True]
+            optimizer.step()
+    assert flags == [False, True]

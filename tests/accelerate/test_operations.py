@@ -17,10 +17,9 @@ from torch import Tensor
 from macrobatch.accelerate.utils import operations as ours
 from macrobatch.accelerate.utils.environment import patch_environment
 from macrobatch.errors import ArgumentError
+from tests.accelerate.doors import ORIGINAL, OURS, entered
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
 
 
 class Point(NamedTuple):
@@ -31,17 +30,9 @@ class Point(NamedTuple):
 @contextmanager
 def door(name: str, **variables: Any) -> Generator[Any]:
     """The operations of one door, with its state made for the ranks of this process and taken back."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world_size > 1:
-        variables |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    state = import_module(f"{name}.state")
-    with patch_environment(**variables):
-        state.AcceleratorState._reset_state(True)
-        state.PartialState(cpu=True)
-        try:
-            yield import_module(f"{name}.utils.operations")
-        finally:
-            state.AcceleratorState._reset_state(True)
+    with entered(name) as package, patch_environment(**variables):
+        package.state.PartialState(cpu=True)
+        yield package.utils.operations
 
 
 def tree(rank: int) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -11,44 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from macrobatch.accelerate.utils import patch_environment
+from tests.accelerate.doors import ORIGINAL, OURS, entered
 
-BOTH = ["accelerate", "macrobatch.accelerate"]
-ORIGINAL, OURS = BOTH
 SIZE = 22
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-@pytest.fixture(autouse=True)
-def clean_slate() -> Iterator[None]:
-    yield
-    reset()
-
-
-def reset() -> None:
-    for package in BOTH:
-        state = importlib.import_module(f"{package}.state")
-        for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
-            kind._reset_state()
-
-
 @contextmanager
 def door(package: str = OURS, **options: Any) -> Generator[Any]:
     """An accelerator in this process, or for the ranks that it is one of, in a random state of its own."""
-    variables: dict[str, Any] = {}
-    if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    reset()
     torch.seed()
-    with patch_environment(**variables):
-        configuration = importlib.import_module(f"{package}.utils").DataLoaderConfiguration(**options)
-        yield importlib.import_module(package).Accelerator(cpu=True, dataloader_config=configuration)
-    reset()
+    with entered(package) as found:
+        yield found.Accelerator(cpu=True, dataloader_config=found.utils.DataLoaderConfiguration(**options))
 
 
 def loader_of(kind: str) -> DataLoader[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from macrobatch.accelerate.state import AcceleratorState, GradientState, Partial
 from macrobatch.accelerate.utils.environment import patch_environment
 from macrobatch.errors import ArgumentError
 from macrobatch.testing.scripts import run_script
+from tests.accelerate.doors import ORIGINAL, OURS
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-ORIGINAL, OURS = "accelerate", "macrobatch.accelerate"
 
 SCRIPT = """
 import os
@@ -30,13 +29,6 @@ facts = (state.num_processes, state.is_main_process, state.backend, state.distri
 with open(f"{{sys.argv[1]}}/{door}.{{os.environ['RANK']}}", "w") as file:
     print(*facts, end="", file=file)
 """
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def launched(door: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -225,6 +217,4 @@ def test_print_and_nothing(capsys: pytest.CaptureFixture[str]):
 
 def test_the_environment_may_choose_the_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu:3")
-    PartialState._reset_state()
     assert str(PartialState().device) == "cpu:3"
-    PartialState._reset_state()

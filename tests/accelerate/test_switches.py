@@ -6,7 +6,6 @@ The page "Compatibility" names these changes; each is made here, and the gradien
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.accelerate.doors import ORIGINAL, OURS, entered, reset
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    yield
-    reset()
 
 
 class Training:

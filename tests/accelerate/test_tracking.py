@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from macrobatch.accelerate import Accelerator, tracking
-from macrobatch.accelerate import state as states
+from macrobatch.accelerate import tracking
 from macrobatch.accelerate.tracking import GeneralTracker, filter_trackers, get_available_trackers, on_main_process
 from macrobatch.accelerate.utils import LoggerType, ProjectConfiguration
 from macrobatch.errors import ArgumentError, MissingDependencyError
 from macrobatch.testing.scripts import run_script
+from tests.accelerate.doors import build
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 CONFIG = {"lr": 0.1, "layers": [1, 2], "model": {"name": "tiny", "dropout": None}}
-
-
-@pytest.fixture(autouse=True)
-def clean_slate() -> Iterator[None]:
-    yield
-    reset()
-
-
-def reset() -> None:
-    for kind in (states.AcceleratorState, states.PartialState, states.GradientState):
-        kind._reset_state()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -72,7 +60,7 @@ class OfEveryRank(Own):
 
 
 def test_json_lines(tmp_path: Path):
-    accelerator = Accelerator(cpu=True, log_with="jsonl", project_dir=tmp_path)
+    accelerator = build(log_with="jsonl", project_dir=tmp_path)
     accelerator.init_trackers("run", config={**CONFIG, "path": tmp_path, "dtype": torch.float32})
     values = {"loss": torch.tensor(0.5), "nan": float("nan"), "array": np.arange(2), "n": np.int64(3), "deep": {"x": 1}}
     accelerator.log(values, step=7)
@@ -89,8 +77,7 @@ def test_json_lines(tmp_path: Path):
 
 def test_json_lines_go_on_in_the_same_file(tmp_path: Path):
     for step in range(2):
-        reset()
-        accelerator = Accelerator(cpu=True, log_with=LoggerType.JSONL, project_dir=tmp_path)
+        accelerator = build(log_with=LoggerType.JSONL, project_dir=tmp_path)
         accelerator.init_trackers("run")
         accelerator.log({"loss": step}, step=step)
     assert [line["loss"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
@@ -102,7 +89,7 @@ def test_json_lines_go_on_in_the_same_file(tmp_path: Path):
 def test_tensorboard(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator = build(log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run", config=CONFIG, init_kwargs={"tensorboard": {"flush_secs": 5}})
     for step in range(2):
         accelerator.log({"loss": torch.tensor(0.5 - step), "text": "so far", "pair": {"a": 1.0, "b": 2}}, step=step)
@@ -121,7 +108,7 @@ def test_tensorboard(tmp_path: Path):
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    accelerator = Accelerator(cpu=True, log_with="wandb")
+    accelerator = build(log_with="wandb")
     accelerator.init_trackers("project", config=CONFIG, init_kwargs={"wandb": {"name": "first", "dir": str(tmp_path)}})
     run = accelerator.get_tracker("wandb", unwrap=True)
     try:
@@ -175,7 +162,7 @@ def test_mlflow(tmp_path: Path):
 
 def test_a_tracker_of_ones_own_as_class_and_as_object(tmp_path: Path):
     ready = Own("ready")
-    accelerator = Accelerator(cpu=True, log_with=[OfEveryRank, ready, "jsonl"], project_dir=tmp_path)
+    accelerator = build(log_with=[OfEveryRank, ready, "jsonl"], project_dir=tmp_path)
     accelerator.init_trackers("run", config={"a": 1}, init_kwargs={"of_every_rank": {"tag": "x"}})
     accelerator.log({"loss": 1}, step=2, log_kwargs={"own": {"more": 3}})
     assert [tracker.name for tracker in accelerator.trackers] == ["of_every_rank", "own", "jsonl"]
@@ -195,7 +182,7 @@ def test_a_tracker_that_lacks_something_is_refused():
 
 
 def test_no_trackers_are_no_work():
-    accelerator = Accelerator(cpu=True)
+    accelerator = build()
     accelerator.init_trackers("run", config=CONFIG)
     accelerator.log({"loss": 1})
     accelerator.end_training()
@@ -203,7 +190,7 @@ def test_no_trackers_are_no_work():
 
 
 def test_trackers_that_are_not_set_up_take_nothing(tmp_path: Path):
-    accelerator = Accelerator(cpu=True, log_with="jsonl", project_dir=tmp_path)
+    accelerator = build(log_with="jsonl", project_dir=tmp_path)
     accelerator.log({"loss": 1})
     assert list(tmp_path.iterdir()) == []
 
@@ -225,16 +212,15 @@ def test_all_are_those_that_are_there(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_what_is_no_tracker_is_refused_by_name(name: Any, advice: str):
     with pytest.raises(ArgumentError, match=rf"log_with: given '{name}'.*{advice}"):
-        Accelerator(cpu=True, log_with=name)
+        build(log_with=name)
 
 
 @pytest.mark.parametrize("name", ["jsonl", "tensorboard"])
 def test_a_folder_is_asked_for(name: str, tmp_path: Path):
     with pytest.raises(ArgumentError, match=rf"given '{name}'.*pass project_dir="):
-        Accelerator(cpu=True, log_with=name)
-    reset()
+        build(log_with=name)
     config = ProjectConfiguration(logging_dir=tmp_path / "logs")
-    accelerator = Accelerator(cpu=True, log_with=name, project_config=config)
+    accelerator = build(log_with=name, project_config=config)
     accelerator.init_trackers("run")
     accelerator.end_training()
 
@@ -245,11 +231,11 @@ def test_a_class_is_asked_for_a_folder_too():
         requires_logging_directory = True
 
     with pytest.raises(ArgumentError, match=r"given 'needy'.*project_dir="):
-        Accelerator(cpu=True, log_with=Needy)
+        build(log_with=Needy)
 
 
 def test_an_unknown_tracker_is_refused_by_name(tmp_path: Path):
-    accelerator = Accelerator(cpu=True, log_with="jsonl", project_dir=tmp_path)
+    accelerator = build(log_with="jsonl", project_dir=tmp_path)
     accelerator.init_trackers("run")
     with pytest.raises(ArgumentError, match=r"get_tracker: given 'wandb'; expected one of \['jsonl'\]"):
         accelerator.get_tracker("wandb")
@@ -259,8 +245,7 @@ def test_an_unknown_tracker_is_refused_by_name(tmp_path: Path):
 
 
 def logs(folder: Path) -> list[Any]:
-    reset()
-    accelerator = Accelerator(cpu=True, log_with=["jsonl", Own, OfEveryRank], project_dir=folder)
+    accelerator = build(log_with=["jsonl", Own, OfEveryRank], project_dir=folder)
     accelerator.init_trackers("run", config={"a": 1})
     accelerator.log({"rank": accelerator.process_index}, step=0)
     own, every = accelerator.get_tracker("own"), accelerator.get_tracker("of_every_rank")

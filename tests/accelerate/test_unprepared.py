@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from tests.accelerate.doors import BOTH, OURS, entered
+from tests.accelerate.doors import BOTH, OURS, entered, of_both
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -93,12 +93,7 @@ def clipped(accelerator: Any, weight: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["plain", "function", "checkpoint", "checkpoint of a closure"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_its_share_is_the_originals(ranks: Any, num_ranks: int, kind: str, where: str, is_weighted: bool):
-    theirs, ours = (
-        ranks(2).run(beside, package, kind, where, is_weighted)
-        if num_ranks > 1
-        else [beside(package, kind, where, is_weighted)]
-        for package in BOTH
-    )
+    theirs, ours = of_both(ranks, num_ranks, beside, kind, where, is_weighted)
     assert len(ours) == num_ranks
     for rank, ((original, _), (gradients, final)) in enumerate(zip(theirs, ours, strict=True)):
         factor = 2.0 if kind == "function" else 1.0
