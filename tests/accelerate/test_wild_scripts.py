@@ -6,19 +6,20 @@ learning rates they used and which files they left behind is compared as it is.
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from tests.accelerate.doors import ORIGINAL, OURS, entered, reset
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.filterwarnings("ignore")]
 
@@ -47,8 +48,8 @@ def prefixed_where_it_trains(source: str) -> str:
 
 
 MIGRATIONS: dict[str, Callable[[str], str]] = {
-    "accelerate": str,
-    "macrobatch.accelerate": prefixed,
+    ORIGINAL: str,
+    OURS: prefixed,
     "macrobatch.accelerate, three lines": prefixed_where_it_trains,
 }
 
@@ -59,34 +60,19 @@ def num_changed(source: str, migrated: str) -> int:
 
 def run(migration: str, script: str, folder: str) -> list[dict[str, Any]]:
     """What the script returns for each of its lists of arguments, one after the other in one folder."""
-    package = migration.split(",")[0]
-    reset(package)
-    if dist.is_initialized():  # the original asks the environment, not the group
-        rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
-    path = Path(script)
-    source = path.read_text(encoding="utf-8")
+    source = Path(script).read_text(encoding="utf-8")
     module = types.ModuleType("wild_script")
     sys.modules["wild_script"] = module
-    exec(compile(MIGRATIONS[migration](source), script, "exec"), module.__dict__)
     results = []
-    try:
+    with entered(migration.split(",")[0]):
+        exec(compile(MIGRATIONS[migration](source), script, "exec"), module.__dict__)
         for arguments in module.RUNS:
             where = ["--output_dir", folder] if "--output_dir" in source else []
             results.append(module.main([*arguments, *where]))
             if dist.is_initialized():
                 dist.barrier()
-            reset(package)
-    finally:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
+            reset()
     return results
-
-
-def reset(package: str) -> None:
-    state = importlib.import_module(f"{package}.state")
-    for kind in (state.AcceleratorState, state.PartialState, state.GradientState):
-        kind._reset_state()
 
 
 def compare(theirs: Any, ours: Any) -> None:
@@ -109,14 +95,22 @@ PAIRS = [
 """Where both are one and the same, it is run once."""
 
 
+@pytest.fixture(scope="module")
+def results(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path, int], list[Any]]:
+    """Of all runs of a script on all ranks; of one kind they are made once, whatever they are compared with."""
+
+    @cache
+    def of(migration: str, script: Path, num_ranks: int) -> list[Any]:
+        arguments = migration, str(script), str(tmp_path_factory.mktemp("wild"))
+        return [run(*arguments)] if num_ranks == 1 else ranks(num_ranks).run(run, *arguments)
+
+    return of
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize(("script", "migration"), PAIRS, ids=lambda value: getattr(value, "stem", value))
-def test_same_results(script: Path, migration: str, num_ranks: int, ranks: Any, tmp_path: Path):
-    results: list[Any] = []
-    for number, each in enumerate(("accelerate", migration)):
-        arguments = each, str(script), str(tmp_path / str(number))
-        results.append([run(*arguments)] if num_ranks == 1 else ranks(2).run(run, *arguments))
-    theirs, ours = results
+def test_same_results(script: Path, migration: str, num_ranks: int, results: Callable[[str, Path, int], list[Any]]):
+    theirs, ours = (results(each, script, num_ranks) for each in (ORIGINAL, migration))
     assert len(ours) == num_ranks
     for their_rank, our_rank in zip(theirs, ours, strict=True):
         for their_run, our_run in zip(their_rank, our_rank, strict=True):
