@@ -148,7 +148,7 @@ def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend:
     import torch
     import torch.distributed as dist
 
-    gc.freeze()  # no collection need go through what was imported
+    gc.freeze()  # no collection need go through what was imported, which can take a second each time
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -164,6 +164,7 @@ def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend:
     )
     pipe.send(None)
     modules: dict[str, ModuleType] = {}
+    num_imported = len(sys.modules)
     while True:
         try:
             task: tuple[str, str, Sequence[Any]] | None = pipe.recv()
@@ -173,8 +174,13 @@ def _serve(rank: int, world_size: int, meeting: Path, timeout_s: float, backend:
             os._exit(0)  # without waiting for peers that may be gone
         path, name, args = task
         try:
+            job = getattr(_loaded(path, modules), name)
+            if len(sys.modules) != num_imported:
+                gc.collect()
+                gc.freeze()
+                num_imported = len(sys.modules)
             torch.manual_seed(rank)
-            pipe.send((True, getattr(_loaded(path, modules), name)(*args)))
+            pipe.send((True, job(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 
