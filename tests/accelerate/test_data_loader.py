@@ -505,6 +505,31 @@ def test_dispatched_batches_are_skipped(ranks: Any, num_batches: int):
         assert found == whole[num_batches:]
 
 
+class Torn(torch.utils.data.IterableDataset[Any]):
+    """Cannot be read to its end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from torch.arange(8)
+        raise OSError("a torn tape")
+
+
+def reads_what_is_torn() -> tuple[int, str, bool]:
+    """Batches, the error after them, and whether ranks go on together."""
+    with door(OURS, dispatch_batches=True) as accelerator:
+        loader = accelerator.prepare(torch.utils.data.DataLoader(Torn(), batch_size=2))
+        num, error = 0, ""
+        try:
+            for _ in loader:
+                num += 1
+        except Exception as raised:
+            error = type(raised).__name__
+        return num, error, accelerator.gather(torch.ones(1)).tolist() == [1.0, 1.0]
+
+
+def test_an_error_of_the_rank_that_reads_reaches_the_others(ranks: Any):
+    assert ranks(2, timeout_s=20.0).run(reads_what_is_torn) == [(1, "OSError", True), (1, "PeerError", True)]
+
+
 def test_a_dispatcher_of_one_process_reads_for_itself():
     loader = importlib.import_module(f"{OURS}.data_loader").DataLoaderDispatcher(range(10), batch_size=4)
     for _ in range(2):

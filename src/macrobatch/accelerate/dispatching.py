@@ -16,12 +16,14 @@ from macrobatch.accelerate.utils.operations import (
     send_to_device,
     slice_tensors,
 )
+from macrobatch.errors import PeerError
 
 __all__ = ["DataLoaderDispatcher"]
 
 
 class DataLoaderDispatcher(DataLoaderShard):
-    """Rank 0 reads, and every rank gets its rows: for streams, and for data that only one rank can see.
+    """Rank 0 reads, and every rank gets its rows: for streams, and for data that only one rank can see. An error there
+    reaches the others as a `PeerError`.
 
     Args:
         split_batches: each batch is split over the ranks; otherwise, one batch for each rank is read and split.
@@ -76,12 +78,11 @@ class DataLoaderDispatcher(DataLoaderShard):
         DataLoaderStateMixin.begin(self)
 
     def _epoch(self) -> Iterator[Any]:
-        is_first, nothing = self.state.process_index == 0, [None] * self.state.num_processes
-        shares = self._shares() if is_first else iter(())
+        shares = self._shares() if self.state.process_index == 0 else None
         position = self.position
         position.num_batches, position.num_together = self.num_skipped_here, self.num_skipped
         while True:
-            received = self._scattered(next(shares, nothing) if is_first else None)
+            received = self._scattered(shares)
             if received is None:
                 return
             share, is_last, num_rows = received
@@ -96,12 +97,29 @@ class DataLoaderDispatcher(DataLoaderShard):
             if is_last:
                 return
 
-    def _scattered(self, shares: list[Any] | None) -> Any:
-        """This rank's of what rank 0 has for each."""
-        if shares is not None and self.state.num_processes == 1:
-            return shares[0]
+    def _scattered(self, shares: Iterator[list[Any]] | None) -> Any:
+        """This rank's of what rank 0 reads for each, None at the end."""
+        num_ranks = self.state.num_processes
         received: list[Any] = [None]
-        dist.scatter_object_list(received, shares, 0)
+        if shares is None:
+            dist.scatter_object_list(received, None, 0)
+            if isinstance(received[0], str):
+                raise PeerError(
+                    "a dispatched batch",
+                    given=f"on rank 0, {received[0]:.300}",
+                    expected="rank 0 to read for all",
+                    fix="see what that says",
+                )
+            return received[0]
+        try:
+            everyones = next(shares, [None] * num_ranks)
+            if num_ranks == 1:
+                return everyones[0]
+            dist.scatter_object_list(received, everyones, 0)  # nothing has left if it cannot be pickled
+        except Exception as error:
+            if num_ranks > 1:
+                dist.scatter_object_list([None], [f"{type(error).__name__}: {error}"] * num_ranks, 0)
+            raise
         return received[0]
 
     def _shares(self) -> Iterator[list[Any]]:

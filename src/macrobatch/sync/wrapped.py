@@ -163,8 +163,8 @@ class WrappedSync(Sync):
             raise NotYetError(
                 "a window under way",
                 given="gradients that FSDP1 keeps to itself until the last micro-batch",
-                expected="to be saved between two windows",
-                fix="save after an update, or shard with torch.distributed.fsdp.fully_shard",
+                expected="to be saved between two windows, and to know in front of a backward whether it is the last",
+                fix="save after an update, put each micro-batch into a block of accumulate, or use fully_shard",
             )
         for slot in gradients.slots if keeps else ():
             if slot.param.grad is not None and slot.param.grad is not slot.view:
