@@ -224,3 +224,41 @@ def test_a_window_gathers_no_more_than_its_policy_says(ranks: Any):
 def test_a_wrapped_window_has_one_small_sum_beside_ddps_own(ranks: Any):
     *_, last = ranks(2).run(collectives_of_windows, "wrapped")[0]
     assert last == {"allreduce": 2}
+
+
+def gone_back(folder: str, how: str) -> Tensor:
+    """Weights after four windows, the last of which is gone back into from where it is left: further on, or failed."""
+    with entered(OURS) as door:
+        torch.manual_seed(0)
+        accelerator = door.Accelerator(
+            cpu=True, gradient_accumulation_steps=3, fsdp_plugin=door.FullyShardedDataParallelPlugin()
+        )
+        model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        micro_batches = torch.randn(12, 2, 3, 2)[:, accelerator.process_index]
+
+        def train(start: int, stop: int, fails: bool = False) -> None:
+            for x in micro_batches[start:stop]:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(x).square().mean())
+                    if fails:
+                        raise ConnectionError
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        train(0, 10)
+        accelerator.save_state(folder)
+        if how:
+            with suppress(ConnectionError):
+                train(10, 11, fails=how == "failed")
+            accelerator.load_state(folder)
+        train(10, 12)
+        return torch.cat([param.full_tensor().detach().flatten() for param in model.parameters()])
+
+
+@pytest.mark.parametrize("how", ["further on", "failed"])
+def test_what_is_held_of_a_window_is_given_up_for_a_checkpoints(ranks: Any, tmp_path: Path, how: str):
+    """From the third window on, FSDP2 holds whole gradients until the last micro-batch."""
+    expected = ranks(2).run(gone_back, str(tmp_path), "")
+    for weights, same in zip(ranks(2).run(gone_back, str(tmp_path), how), expected, strict=True):
+        assert torch.equal(weights, same)
