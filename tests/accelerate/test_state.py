@@ -162,6 +162,26 @@ def test_main_process_goes_first(tmp_path: Path, ranks: Callable[..., Any]):
     assert ranks(2).run(in_turns, tmp_path) == [["x", "xx"], ["xx", "xx"]]
 
 
+def heard_of(culprit: int) -> str:
+    state = PartialState(cpu=True)
+    try:
+        with state.main_process_first():
+            if state.process_index == culprit:
+                raise OSError("no network")
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
+def fails_first() -> list[str]:
+    """What a rank hears of an error of the one that goes first, of the other's, and of nobody's."""
+    return [heard_of(culprit) for culprit in (0, 1, 2)]
+
+
+def test_nobody_waits_for_a_main_process_that_fails(ranks: Callable[..., Any]):
+    assert ranks(2, timeout_s=20.0).run(fails_first) == [["OSError", "", ""], ["PeerError", "OSError", ""]]
+
+
 def test_state_is_made_by_whoever_comes_first():
     assert not is_initialized()
     AcceleratorState(mixed_precision="bf16")
