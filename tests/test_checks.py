@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from macrobatch.checks import check_flag, check_integer, check_number
+from macrobatch.checks import check_flag, check_integer, check_limit, check_number
 from macrobatch.errors import ArgumentError
 
 
@@ -51,3 +52,14 @@ def test_what_is_no_flag_is_refused(value: object):
     check_flag("flag", value=False)
     with pytest.raises(ArgumentError, match=r"expected True or False\. To fix it, pass flag=True"):
         check_flag("flag", value)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, math.inf, torch.tensor(2.0)], ids=str)
+def test_limits_pass(value: object):
+    check_limit("max_norm", value)
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, math.nan, True, "1", None, torch.tensor(math.nan)], ids=str)
+def test_what_nothing_can_be_clipped_to_is_refused(value: object):
+    with pytest.raises(ArgumentError, match="expected a number >= 0, or infinity"):
+        check_limit("max_norm", value)

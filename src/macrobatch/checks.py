@@ -10,7 +10,7 @@ from typing import Any
 
 from macrobatch.errors import ArgumentError
 
-__all__ = ["check_flag", "check_integer", "check_number", "is_integer", "is_number"]
+__all__ = ["check_flag", "check_integer", "check_limit", "check_number", "is_integer", "is_number"]
 
 
 def is_integer(value: Any, at_least: float = -math.inf) -> bool:
@@ -83,3 +83,17 @@ def check_flag(what: str, value: object, *, fix: str | None = None) -> None:
     """
     if not isinstance(value, bool):
         raise ArgumentError(what, given=repr(value), expected="True or False", fix=fix or f"pass {what}=True")
+
+
+def check_limit(what: str, value: Any) -> None:
+    """Refuse what nothing can be clipped to: a negative limit turns gradients around, and NaN turns all of them NaN.
+
+    Args:
+        value: a number or a 0-d tensor, infinity among them.
+
+    Raises:
+        ArgumentError: it is negative, NaN or no number.
+    """
+    is_real = hasattr(value, "__float__") and not isinstance(value, bool)
+    if not is_real or not float(value) >= 0:
+        raise ArgumentError(what, given=repr(value), expected="a number >= 0, or infinity", fix=f"pass {what}=1.0")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+from macrobatch.accelerate import Accelerator
+from macrobatch.errors import ArgumentError, LossError, WindowError
 from tests.accelerate.doors import BOTH, ORIGINAL, OURS, entered, of_both
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -297,3 +299,61 @@ def test_what_is_held_by_hand_is_reduced_before_the_step(ranks: Any, kind: str, 
     for weights in ranks(2).run(by_hand_over_ranks, OURS, kind, num_optimizers, holds):
         # Weights of about 1 in float32, a few roundings.
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+
+
+def fresh() -> tuple[Any, nn.Linear, Any]:
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def one_window(accelerator: Any, model: nn.Linear, optimizer: Any) -> Tensor:
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 4)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.weight.detach().clone()
+
+
+@pytest.mark.parametrize("bad", ["a constant", "a matrix"])
+def test_a_backward_that_fails_outside_of_blocks_leaves_nothing_behind(bad: str):
+    with entered(OURS):
+        expected = one_window(*fresh())
+    with entered(OURS):
+        accelerator, model, optimizer = fresh()
+        loss = torch.tensor(1.0) if bad == "a constant" else model(torch.ones(2, 4))
+        with pytest.raises(LossError, match="the loss: given"):
+            accelerator.backward(loss)
+        assert torch.equal(one_window(accelerator, model, optimizer), expected)
+
+
+def test_a_block_does_not_begin_over_gradients_that_wait_for_their_step():
+    with entered(OURS):
+        expected = one_window(*fresh())
+    with entered(OURS):
+        accelerator, model, optimizer = fresh()
+        accelerator.backward(model(torch.ones(2, 4)).sum())
+        with pytest.raises(WindowError, match=r"accumulate: given .* call optimizer\.step\(\) or "):
+            one_window(accelerator, model, optimizer)
+        optimizer.zero_grad()
+        assert torch.equal(one_window(accelerator, model, optimizer), expected)
+
+
+@pytest.mark.parametrize("limit", [-1.0, float("nan"), "1", True], ids=str)
+@pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
+@pytest.mark.parametrize("original", [False, True], ids=["", "original"])
+def test_a_limit_that_turns_gradients_around_is_refused(limit: Any, clip: str, original: bool):
+    with entered(OURS) as door:
+        plugin = door.utils.GradientAccumulationPlugin(original=original)
+        accelerator = door.Accelerator(gradient_accumulation_plugin=plugin, cpu=True)
+        model = nn.Linear(4, 3)
+        before = model.weight.detach().clone()
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.ones(2, 4)).sum())
+            with pytest.raises(ArgumentError, match="expected a number >= 0, or infinity"):
+                getattr(accelerator, clip)(model.parameters(), limit)
+            optimizer.zero_grad()
+        assert torch.equal(model.weight, before)

@@ -871,3 +871,22 @@ def test_hooks_get_models_without_their_wrappers(ranks: Any, tmp_path: Path):
     runs: list[tuple[str, dict[str, Any]]] = [(ORIGINAL, {}), (OURS, {}), (OURS, {"original": True})]
     for number, (package, settings) in enumerate(runs):
         assert ranks(2).run(hooked, package, settings, tmp_path / str(number)) == [["Linear", "Linear"]] * 2
+
+
+@pytest.mark.parametrize("name", ["window_0.bin", "model.safetensors", "random_states_0.pkl"])
+def test_a_checkpoint_that_has_lost_a_file_is_refused(tmp_path: Path, name: str):
+    accelerator = importlib.import_module(OURS).Accelerator(gradient_accumulation_steps=2)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.save_state(str(tmp_path / "state"))
+    (tmp_path / "state" / name).unlink()
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    with pytest.raises(StateError, match=f"given no {name}; expected all files"):
+        accelerator.load_state(str(tmp_path / "state"))
+    assert torch.equal(model.weight, torch.full((1, 2), 3.0))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
-from macrobatch.checkpoint.io import recover
+from macrobatch.checkpoint.io import check_complete, recover
 from macrobatch.errors import ArgumentError, StateError
 from macrobatch.testing.scripts import run_script
 
@@ -232,3 +232,28 @@ def test_after_a_kill_a_folder_is_whole(tmp_path: Path, where: str, survivor: fl
     assert load_file(folder / "state.bin")["x"].item() == 3.0
     assert names(folder) == ["notes.txt", "state.bin"]
     assert names(tmp_path) == ["checkpoint", "script.py"]
+
+
+def test_a_folder_that_has_lost_a_file_is_refused(tmp_path: Path):
+    folder = written(tmp_path / "checkpoint", OLD)
+    (folder / "notes.txt").write_text("mine")
+    check_complete(folder)
+    (folder / "state.bin").rename(tmp_path / "state.bin")
+    with pytest.raises(StateError, match=r"given no state\.bin; expected all files that were saved together"):
+        check_complete(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"a": 1}', "[1]"])
+def test_a_damaged_list_of_files_is_refused_and_can_be_replaced(tmp_path: Path, text: str):
+    folder = written(tmp_path / "checkpoint", OLD)
+    (folder / ".contents.json").write_text(text, encoding="utf-8")
+    with pytest.raises(StateError, match=r"a damaged \.contents\.json"):
+        check_complete(folder)
+    written(folder, NEW)
+    check_complete(folder)
+    assert load_file(folder / "state.bin")["x"].item() == NEW["x"].item()
+
+
+def test_a_folder_of_others_is_taken_as_it_is(tmp_path: Path):
+    (tmp_path / "model.bin").write_bytes(b"")
+    check_complete(tmp_path)

@@ -26,6 +26,7 @@ from macrobatch.accelerate.state import AcceleratorState
 from macrobatch.accelerate.tracking import Tracking
 from macrobatch.accelerate.utils.dataclasses import AutocastKwargs, ProfileKwargs
 from macrobatch.accelerate.utils.memory import release_memory
+from macrobatch.checks import check_limit
 from macrobatch.core.loss import Weight
 from macrobatch.core.precision import Fp16, Precision
 from macrobatch.plan.capture import replays
@@ -232,12 +233,22 @@ class Accelerator(Preparation, Checkpoints, Tracking):
 
         Args:
             parameters: a tensor or an iterable of them: those of one or several windows, or some of them.
+            max_norm: >= 0; infinity only measures.
+
+        Raises:
+            ArgumentError: `max_norm` is negative, NaN or no number.
         """
+        check_limit("max_norm", max_norm)
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         return self._counting.clip_norm(params, max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
-        """Clip the elements of the window's gradient, once it is complete."""
+        """Clip the elements of the window's gradient, once it is complete.
+
+        Raises:
+            ArgumentError: `clip_value` is negative, NaN or no number.
+        """
+        check_limit("clip_value", clip_value)
         params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         self._counting.clip_value(params, clip_value)
 

@@ -48,7 +48,7 @@ from macrobatch.accelerate.utils.other import (
 )
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.fit import check_optimizer, check_scheduler
-from macrobatch.checkpoint.io import partial_folder, recover
+from macrobatch.checkpoint.io import check_complete, partial_folder, recover
 from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
 
 __all__ = ["Checkpoints"]
@@ -200,6 +200,7 @@ class Checkpoints(Processes):
                 recover(input_dir)
         with self._together("load_state"):
             folder = self._found(input_dir)
+            check_complete(folder)
             saved = self._read(folder, load_kwargs or {})
             rank, world_size = self.process_index, self.num_processes
             go_on = self._counting.fitted(saved.pending, rank=rank, world_size=world_size)

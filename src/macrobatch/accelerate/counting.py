@@ -92,16 +92,21 @@ class WindowCounting:
             (loss / (num_items * state.num_steps)).backward(**kwargs)
             return
         window = inside or windows.of(())
-        if not self._inside and not window.is_pending:
+        begins = not self._inside and not window.is_pending
+        if begins:
             window.begin_outside(is_weighted=weight is not None)
             state._sync_gradients = not state.is_held  # pyright: ignore[reportPrivateUsage]
         if loss.ndim and loss.numel() == 1:
             loss = loss.reshape(())
-        if self._scaler is None and len(windows.made) < 2 and not kwargs:
-            window.backward(loss, weight=weight, num_samples=window.num_rows)
-        else:
+        options = kwargs
+        if self._scaler is not None or len(windows.made) > 1 or kwargs:
             options = {**restricted(window, windows), **kwargs}
+        try:
             window.backward(loss, weight=weight, num_samples=window.num_rows, **options)
+        except BaseException:
+            if begins:  # no block will end this window
+                window.fail()
+            raise
         if not self._inside and not window.optimizers and not window.is_held:
             window.finish()  # a script that steps an optimizer of its own has to find the gradient there
 

@@ -99,7 +99,10 @@ class FedWindow(Accumulation):
     def __enter__(self) -> FedWindow:
         self.take_batch()
         self.window.size = self.state.num_steps
-        is_last = self.enter(end_of_data=self.state.sync_with_dataloader and self._ends_here())
+        try:
+            is_last = self.enter(end_of_data=self.state.sync_with_dataloader and self._ends_here())
+        except WindowError as error:
+            raise self._waiting(error) from None
         self.state.show(is_last)
         return self
 
@@ -110,6 +113,18 @@ class FedWindow(Accumulation):
             self.leave()
         else:
             self.fail()
+
+    def _waiting(self, error: WindowError) -> WindowError:
+        """Why a block cannot begin: in the words of a script, if a backward before it is the cause."""
+        if self.is_inside or not (self.is_pending and self.window.is_closed):
+            return error
+        self._num_entries -= 1  # as if this block had not been
+        return WindowError(
+            "accumulate",
+            given="a block while the gradients of a backward outside of any block are waiting for their step",
+            expected="these used, or given up, before a window begins",
+            fix="call optimizer.step() or optimizer.zero_grad() first, or move that backward into a block",
+        )
 
     def begin_outside(self, *, is_weighted: bool) -> None:
         """A window begins with a backward outside of any block: of a loop that decides by itself when to step."""

@@ -16,7 +16,15 @@ import torch
 
 from macrobatch.errors import ArgumentError, StateError
 
-__all__ = ["check_weights_only", "load_file", "partial_folder", "recover", "replaced_folder", "save_file"]
+__all__ = [
+    "check_complete",
+    "check_weights_only",
+    "load_file",
+    "partial_folder",
+    "recover",
+    "replaced_folder",
+    "save_file",
+]
 
 _CONTENTS = ".contents.json"
 """In a replaced folder: the names of what was written with it, in contrast to what others put there."""
@@ -117,12 +125,38 @@ def recover(folder: str | os.PathLike[str]) -> None:
     if not folder.exists():
         old.rename(folder)
         return
-    contents = old / _CONTENTS
-    own = [_CONTENTS, *json.loads(contents.read_text(encoding="utf-8"))] if contents.exists() else []
+    own = [_CONTENTS, *(_contents(old) or ())]
     for path in old.iterdir():
         if path.name not in own and not (folder / path.name).exists():
             path.rename(folder / path.name)
     shutil.rmtree(old)
+
+
+def check_complete(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder of `replaced_folder` that has lost a file since. One that knows no list of its files passes.
+
+    Raises:
+        StateError: files are missing, or their list is damaged.
+    """
+    folder = Path(folder)
+    names = _contents(folder)
+    missing = [name for name in names or () if not (folder / name).exists()]
+    if missing or (names is None and (folder / _CONTENTS).exists()):
+        raise StateError(
+            f"the checkpoint {folder}",
+            given=f"no {', '.join(missing[:3])}" if missing else f"a damaged {_CONTENTS}",
+            expected="all files that were saved together",
+            fix="copy the folder again, or go on from another checkpoint",
+        )
+
+
+def _contents(folder: Path) -> list[str] | None:
+    """The files that were written together; None if that is not known."""
+    try:
+        names = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _flush(path: Path) -> None:

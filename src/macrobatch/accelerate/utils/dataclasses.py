@@ -25,7 +25,7 @@ from macrobatch.accelerate.utils.enums import (
 )
 from macrobatch.accelerate.utils.environment import default_normalize, dynamo_from_env
 from macrobatch.accelerate.utils.sharding import FullyShardedDataParallelPlugin
-from macrobatch.checks import check_integer
+from macrobatch.checks import check_flag, check_integer
 from macrobatch.errors import ArgumentError
 
 __all__ = [
@@ -268,6 +268,9 @@ class GradientAccumulationPlugin(KwargsHandler):
     ) -> None:
         if num_steps is not _UNSET:
             check_integer("num_steps", num_steps, fix="pass 1 not to accumulate")
+        check_flag("original", original)
+        if widens is not _UNSET:
+            check_flag("widens", widens)
         if original and (normalize not in (_UNSET, "constant") or widens not in (_UNSET, False)):
             raise ArgumentError(
                 "original",
@@ -280,7 +283,7 @@ class GradientAccumulationPlugin(KwargsHandler):
             chosen = "constant" if original else default_normalize()
         if chosen not in ("exact", "uniform", "constant"):
             raise ArgumentError(
-                "normalize", given=repr(chosen), expected='"exact", "uniform" or "constant"', fix='"exact"'
+                "normalize", given=repr(chosen), expected='"exact", "uniform" or "constant"', fix='pass "exact"'
             )
         self.num_steps = None if num_steps is _UNSET else num_steps
         self.adjust_scheduler = True if adjust_scheduler is _UNSET else adjust_scheduler

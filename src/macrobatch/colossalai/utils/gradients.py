@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from macrobatch.errors import ArgumentError
+from macrobatch.checks import check_limit
 
 __all__ = ["clip_grad_norm_fp32", "count_zeros_fp32"]
 
@@ -35,8 +35,7 @@ def clip_grad_norm_fp32(parameters: Tensor | Iterable[Tensor], max_norm: float, 
 
     ```
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm >= 0:
-        raise ArgumentError("max_norm", given=repr(max_norm), expected="a number >= 0", fix="pass 0.0 not to clip")
+    check_limit("max_norm", max_norm)
     gradients = _gradients(parameters)
     if not gradients:
         return torch.tensor(0.0)
