@@ -215,6 +215,7 @@ def test_other_values_of_the_wrong_kind(key, value):
         ("cudnn_benchmarks", "cudnn_benchmark"),
         ("torch_dpp", "torch_ddp"),
         ("fp_16", "fp16"),
+        ("Gradient_Accumulation", "gradient_accumulation"),
         ("accum_steps", "gradient_accumulation"),
     ],
 )
@@ -223,7 +224,7 @@ def test_a_near_miss_is_told_the_right_key(key, right):
         check_config({key: 2.0})
 
 
-@pytest.mark.parametrize("key", ["zero", "moe", "bf16", "gemini", "clip_grad_value"])
+@pytest.mark.parametrize("key", ["zero", "Zero", "moe", "bf16", "gemini", "clip_grad_value"])
 def test_a_feature_that_is_not_there_is_told_the_way(key):
     with pytest.raises(ConfigException, match=r"not supported here.*leave it out"):
         check_config({key: {"stage": 2}})

@@ -28,6 +28,7 @@ from macrobatch.colossalai.engine.gradient_accumulation import (
 )
 from macrobatch.colossalai.engine.schedule import NonPipelineSchedule
 from macrobatch.colossalai.registry import GRADIENT_HANDLER
+from macrobatch.errors import ArgumentError
 from macrobatch.testing.reference import gradients_of, relative_error
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -633,3 +634,36 @@ def test_gradients_can_be_read_after_an_update():
     assert not torch.equal(gradients[0], gradients[3])
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[2], weights[3])
+
+
+def test_initialize_before_launch_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """It would train without accumulation, and without all else that the config says."""
+    monkeypatch.setattr(gpc, "_config", None)
+    model = network()
+    with pytest.raises(colossalai.LaunchError, match="initialize: given a call before launch"):
+        colossalai.initialize(model, torch.optim.SGD(model.parameters()), nn.MSELoss(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", 3),
+        ("optimizer", None),
+        ("optimizer", "sgd"),
+        ("criterion", 3),
+        ("train_dataloader", 3),
+        ("lr_scheduler", 3),
+    ],
+)
+def test_initialize_of_what_is_none_of_its_kind_is_refused(name: str, value: object):
+    gpc.load_config({})
+    model = network()
+    given: Any = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "criterion": nn.MSELoss()}
+    with pytest.raises(ArgumentError, match=f"{name}: given {value!r}; expected "):
+        colossalai.initialize(**{**given, name: value}, verbose=False)
+
+
+def test_initialize_with_an_optimizer_of_another_model_is_refused():
+    gpc.load_config({})
+    with pytest.raises(ArgumentError, match="without any of the model's parameters"):
+        colossalai.initialize(network(), torch.optim.SGD(network().parameters()), nn.MSELoss(), verbose=False)

@@ -20,6 +20,7 @@ from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.colossalai.nn.metric import Accuracy
 from macrobatch.colossalai.trainer import Trainer, hooks
 from macrobatch.colossalai.utils import DataParallelSampler, MultiTimer, load_checkpoint
+from macrobatch.errors import ArgumentError, BatchError
 from tests.sync.windows import Collectives
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -484,3 +485,33 @@ def test_a_resumed_epoch_has_its_own_order():
     run.fit(shuffled(), epochs=3, hooks=[Noting()])
     assert seen[0] != seen[1] != seen[2]
     assert seen[3] == seen[2]
+
+
+NOTHING = {
+    "list": [],
+    "iterator": iter([]),
+    "loader": DataLoader(TensorDataset(torch.ones(3, 4)), batch_size=4, drop_last=True),
+}
+
+
+@pytest.mark.parametrize("batches", NOTHING.values(), ids=NOTHING)
+def test_an_epoch_without_a_batch_is_refused(batches: Any):
+    runner, _, _, model = trainer()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(BatchError, match=r"train_dataloader: given no batch in epoch 1"):
+        runner.fit(batches, epochs=1)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert runner.cur_epoch == 0
+
+
+def test_an_iterator_is_refused_when_it_has_ended_and_not_counted_as_epochs():
+    runner, _, _, _ = trainer(size=1)
+    batches = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))] * 3
+    with pytest.raises(BatchError, match=r"given no batch in epoch 2.*an iterator has to become a list"):
+        runner.fit(iter(batches), epochs=3)
+    assert (runner.cur_epoch, runner.engine.num_updates) == (1, 3)
+
+
+def test_a_trainer_of_no_engine_is_refused():
+    with pytest.raises(ArgumentError, match="engine: given int; expected an Engine"):
+        Trainer(3)

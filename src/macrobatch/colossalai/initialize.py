@@ -20,6 +20,7 @@ from macrobatch.colossalai.engine.gradient_accumulation import (
     GradAccumOptimizer,
 )
 from macrobatch.colossalai.engine.gradient_handler import build_gradient_handlers
+from macrobatch.colossalai.environment import LaunchError
 from macrobatch.colossalai.keys import check_config
 from macrobatch.colossalai.logging import get_dist_logger
 from macrobatch.colossalai.utils.cuda import get_current_device
@@ -60,7 +61,8 @@ def initialize(
 
     Raises:
         ConfigException: a key of the config is wrong.
-        ArgumentError: model or optimizer is none.
+        ArgumentError: an argument is none of its kind, or the optimizer has no parameter of the model.
+        LaunchError: the config is not there yet.
 
     ```pycon
     >>> from macrobatch.colossalai import launch
@@ -80,10 +82,8 @@ def initialize(
 
     ```
     """
-    config: dict[str, Any] = gpc.config or {}
-    check_config(config)
-    if verbose:
-        get_dist_logger().info(f"config: {dict(config)}", ranks=[0])
+    config = _loaded_config(verbose=verbose)
+    _check_arguments(model, optimizer, criterion, train_dataloader, lr_scheduler)
     torch.backends.cudnn.benchmark = bool(config.get("cudnn_benchmark", False))
     torch.backends.cudnn.deterministic = bool(config.get("cudnn_deterministic", False))
     device = get_current_device()
@@ -98,6 +98,7 @@ def initialize(
         raise ArgumentError(
             "optimizer", given=type(plain).__name__, expected="an optimizer, or a class of one", fix="pass one"
         )
+    _check_trained(built, plain)
     compiling: dict[str, Any] | None = config.get("torch_compile")
     if compiling is not None:
         compile_forward(built, compiling)
@@ -128,3 +129,46 @@ def initialize(
     if lr_scheduler is not None:
         scheduler = GradAccumLrSchedulerByStep(lr_scheduler, size, accumulating)
     return engine, loader, test_dataloader, scheduler
+
+
+def _check_arguments(model: Any, optimizer: Any, criterion: Any, train_dataloader: Any, lr_scheduler: Any) -> None:
+    """Refuse what is none of its kind, before anything is built or moved."""
+    loads = (
+        train_dataloader is None or hasattr(train_dataloader, "__iter__") or hasattr(train_dataloader, "__getitem__")
+    )
+    steps = lr_scheduler is None or callable(getattr(lr_scheduler, "step", None))
+    for name, value, is_right, expected in (
+        ("model", model, callable(model), "a module, or a function that builds one"),
+        ("optimizer", optimizer, isinstance(optimizer, Optimizer) or callable(optimizer), "an optimizer, or a class"),
+        ("criterion", criterion, criterion is None or callable(criterion), "a function of outputs and labels, or None"),
+        ("train_dataloader", train_dataloader, loads, "an iterable of batches, or None"),
+        ("lr_scheduler", lr_scheduler, steps, "an object with step(), or None"),
+    ):
+        if not is_right:
+            raise ArgumentError(name, given=repr(value), expected=expected, fix="keep the order of the arguments")
+
+
+def _check_trained(model: nn.Module, optimizer: Optimizer) -> None:
+    own = {id(param) for param in model.parameters()}
+    if own and not any(id(param) in own for group in optimizer.param_groups for param in group["params"]):
+        raise ArgumentError(
+            "optimizer",
+            given="one without any of the model's parameters",
+            expected="an optimizer of this model",
+            fix="build it from model.parameters()",
+        )
+
+
+def _loaded_config(*, verbose: bool) -> dict[str, Any]:
+    """The config of the run, checked."""
+    if gpc.config is None:
+        raise LaunchError(
+            "initialize",
+            given="a call before launch, so without a config",
+            expected="launch first: gradient_accumulation and all else is in its config",
+            fix="call launch(config, ...) or launch_from_torch(config) at the top of the script",
+        )
+    check_config(gpc.config)
+    if verbose:
+        get_dist_logger().info(f"config: {dict(gpc.config)}", ranks=[0])
+    return gpc.config

@@ -45,7 +45,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             continue
         if key in FEATURES:
             FEATURES[key](key, value)
-        elif key.islower() and not key.startswith("_") and not callable(value):
+        elif not key.isupper() and not key.startswith("_") and not callable(value):
             _check_name(key, value)
 
 
@@ -68,9 +68,10 @@ def hidden_features(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_name(key: str, value: object) -> None:
-    if key in _MISSING:
-        raise _wrong(key, value, "no such key: it is not supported here", _MISSING[key])
-    near = _SYNONYMS.get(key) or next(iter(difflib.get_close_matches(key, FEATURES, n=1, cutoff=0.85)), None)
+    lower = key.lower()
+    if lower in _MISSING:
+        raise _wrong(key, value, "no such key: it is not supported here", _MISSING[lower])
+    near = _SYNONYMS.get(lower) or next(iter(difflib.get_close_matches(lower, FEATURES, n=1, cutoff=0.85)), None)
     if near is not None:
         raise _wrong(
             key,

@@ -16,7 +16,7 @@ from macrobatch.colossalai.engine.gradient_accumulation import GradAccumDataload
 from macrobatch.colossalai.trainer.hooks.base_hook import BaseHook
 from macrobatch.colossalai.utils.common import is_dp_rank_0
 from macrobatch.colossalai.utils.cuda import get_current_device
-from macrobatch.errors import ArgumentError
+from macrobatch.errors import ArgumentError, BatchError
 from macrobatch.tree import to_device
 
 __all__ = ["Trainer"]
@@ -40,6 +40,10 @@ class Trainer:
     """
 
     def __init__(self, engine: Any, timer: Any = None, logger: Any = None) -> None:
+        if not callable(getattr(engine, "execute_schedule", None)):
+            raise ArgumentError(
+                "engine", given=type(engine).__name__, expected="an Engine", fix="pass the one that initialize returned"
+            )
         self._engine = engine
         self.timer = timer
         self._logger = logger
@@ -79,6 +83,7 @@ class Trainer:
 
         Raises:
             ArgumentError: an argument is out of its domain.
+            BatchError: an epoch has no batch.
         """
         check_integer("epochs", epochs, at_least=0, fix="pass 1")
         check_integer("test_interval", test_interval, fix="pass 1")
@@ -137,7 +142,7 @@ class Trainer:
             sampler.set_epoch(self.cur_epoch)  # of a resumed run: the order that it would have had
         data_iter: Any = iter(loader)
         self._call("before_train_epoch")
-        name = f"[Epoch {self.cur_epoch + 1} / Train]"
+        name, before = f"[Epoch {self.cur_epoch + 1} / Train]", self.cur_step
         with self._timed("Train-epoch"), _bar(name, self.steps_per_epoch, display_progress) as bar:
             while not self._is_over() and (batch := self._next(data_iter, "Train-step")) is not _END:
                 self._call("before_train_iter")
@@ -148,6 +153,13 @@ class Trainer:
                 bar.set_postfix(self.states.get("step_metrics", {}), refresh=False)
                 bar.update()
         data_iter.close()
+        if self.cur_step == before and not self._is_over():
+            raise BatchError(
+                "train_dataloader",
+                given=f"no batch in epoch {self.cur_epoch + 1}",
+                expected="at least one in every epoch",
+                fix="lower batch_size or leave drop_last out; an iterator has to become a list, to be read again",
+            )
         self.cur_epoch += 1
         self._call("after_train_epoch")
 
