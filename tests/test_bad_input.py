@@ -703,3 +703,30 @@ def test_step_whose_parameters_moved_is_refused():
     optimizer.param_groups[0]["params"] = [torch.nn.Parameter(param.to("meta")) for param in model.parameters()]
     with pytest.raises(ArgumentError, match="parameters on meta, of a step that was built for cpu"):
         step(samples())
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "no"], ids=str)
+def test_auto_that_neither_remembers_nor_does_not_is_refused(value):
+    with refused(ArgumentError, "Auto.remembers", f"given {value!r}"):
+        mb.Auto(remembers=value)
+
+
+@pytest.mark.parametrize(("name", "fix"), [("lengths", "attention_mask"), ("trim", "width")])
+def test_tokens_by_what_is_no_function_is_told_how_one_looks(name, fix):
+    with refused(ArgumentError, f"Tokens.{name}", "given 3", f"pass {name}=lambda ", fix):
+        mb.Tokens(8, **{"lengths": len, name: 3})
+
+
+@pytest.mark.parametrize(
+    ("kind", "action", "name"), [(3, print, "kind"), (int, print, "kind"), (mb.Updated, 3, "action")]
+)
+def test_listener_to_nothing_is_refused_where_it_is_made(kind, action, name):
+    with refused(ArgumentError, name):
+        mb.on(kind, action)
+
+
+def test_a_weight_that_is_text_is_shown_as_text():
+    setup = started()
+    setup.loss_fn[0] = lambda model, batch: mb.Loss(logits(model, batch).sum(), "3")  # pyright: ignore[reportArgumentType]
+    with refused(LossError, "given '3'"):
+        setup.step(samples())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["cache_folder", "debug", "description", "free_memory_bytes", "num_cores", "version"]
+__all__ = ["cache_folder", "debug", "description", "free_memory_bytes", "num_cores", "num_started", "version"]
 
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _QUOTA = "/sys/fs/cgroup/cpu.max"
@@ -83,6 +83,19 @@ def num_cores() -> int:
     quota, _, period = _read(_QUOTA).partition(" ")
     share = math.ceil(int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else len(cores)
     return max(1, min(len(cores), share))
+
+
+def num_started(environ: Mapping[str, str] = os.environ) -> int:
+    """WORLD_SIZE: how many processes were started together with this one, by torchrun and those that set its variables.
+
+    ```pycon
+    >>> num_started({"WORLD_SIZE": "8"}), num_started({})
+    (8, 1)
+
+    ```
+    """
+    text = environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
 
 
 def description() -> dict[str, str]:

@@ -553,3 +553,9 @@ def test_step_that_is_something_else_is_refused_at_the_call():
     optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
     with pytest.raises(ArgumentError, match="step"):
         mb.track(batches(1), optimizer, file=io.StringIO())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("loader", [None, 3], ids=str)
+def test_what_cannot_be_iterated_is_refused_at_the_call(loader: Any):
+    with pytest.raises(ArgumentError, match=f"loader: given {loader}; expected an iterable of macro-batches"):
+        mb.track(loader)

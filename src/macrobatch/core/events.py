@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from macrobatch.errors import ArgumentError
+
 __all__ = ["Event", "Listener", "MicroBatchDone", "Skipped", "Updated", "on"]
 
 
@@ -53,6 +55,9 @@ E = TypeVar("E", bound=Event)
 def on(kind: type[E], action: Callable[[E], object]) -> Listener:
     """A listener for one kind of event.
 
+    Raises:
+        ArgumentError: `kind` is no kind of event, or `action` no function.
+
     ```pycon
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -61,6 +66,11 @@ def on(kind: type[E], action: Callable[[E], object]) -> Listener:
 
     ```
     """
+    given: object = kind
+    if not isinstance(given, type) or not issubclass(given, Event):
+        raise ArgumentError("kind", given=repr(given), expected="a kind of event", fix="pass mb.Updated, for example")
+    if not callable(action):
+        raise ArgumentError("action", given=repr(action), expected="a function of an event", fix="pass print, to see")
 
     def listen(event: Event) -> None:
         if isinstance(event, kind):

@@ -111,7 +111,7 @@ def _checked_weight(weight: object) -> Weight:
         return float(weight)
     raise LossError(
         "the weight of a Loss",
-        given=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight,
+        given=f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight),
         expected="a finite number >= 0 or a 0-d tensor",
         fix="pass the number of items that total is a sum over, for example (labels != -100).sum()",
     )

@@ -58,6 +58,9 @@ def track(
         refresh_s: seconds between looks, > 0; by default 0.5, and 30 where there is no terminal.
         **options: passed on to `tqdm` (https://tqdm.github.io/docs/tqdm/).
 
+    Raises:
+        ArgumentError: an argument is out of its domain.
+
     ```pycon
     >>> from macrobatch import TrainStep
     >>> model = torch.nn.Linear(2, 1)
@@ -68,6 +71,10 @@ def track(
 
     ```
     """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ArgumentError(
+            "loader", given=repr(loader), expected="an iterable of macro-batches", fix="pass the DataLoader itself"
+        )
     if unit not in get_args(Unit):
         raise ArgumentError("unit", given=repr(unit), expected='"samples" or "tokens"', fix='pass unit="samples"')
     if refresh_s is None:

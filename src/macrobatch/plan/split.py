@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from macrobatch import tree
-from macrobatch.checks import check_integer, is_integer, is_number
+from macrobatch.checks import check_flag, check_integer, is_integer, is_number
 from macrobatch.errors import ArgumentError, BatchError
 from macrobatch.plan.memory import Memory
 
@@ -76,13 +76,13 @@ class Tokens:
 
     def __post_init__(self) -> None:
         check_integer("Tokens.max_tokens", self.max_tokens, "the tokens in a micro-batch", fix="pass Tokens(4096, ...)")
-        for name, function in (("lengths", self.lengths), ("trim", self.lengths if self.trim is None else self.trim)):
-            if not callable(function):
+        for name, function, expected, fix in (
+            ("lengths", self.lengths, "a function of a batch", "lambda batch: batch['attention_mask'].sum(1)"),
+            ("trim", self.trim, "a function of a micro-batch and a width", "lambda ids, width: ids[:, :width]"),
+        ):
+            if not callable(function) and (name == "lengths" or function is not None):
                 raise ArgumentError(
-                    f"Tokens.{name}",
-                    given=repr(function),
-                    expected="a function of a batch",
-                    fix="see its documentation",
+                    f"Tokens.{name}", given=repr(function), expected=expected, fix=f"pass {name}={fix}, for example"
                 )
 
     def split(self, batch: Any) -> list[tuple[Any, int]]:
@@ -169,6 +169,7 @@ class Auto:
             raise ArgumentError(
                 "memory_fraction", given=repr(fraction), expected="a number in (0, 1]", fix="leave it at 0.9"
             )
+        check_flag("Auto.remembers", self.remembers, fix="pass remembers=False to measure anew in every run")
         if self.memory is not None and not isinstance(self.memory, Memory):
             raise ArgumentError("Auto.memory", given=repr(self.memory), expected="a Memory or None", fix="leave it out")
         if self.lengths is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from macrobatch import env
 from macrobatch.errors import ArgumentError
 from macrobatch.sync.base import LocalSync, Sync
 from macrobatch.sync.replicated import ReplicatedSync
@@ -14,6 +17,8 @@ from macrobatch.sync.sharded import Policy, ShardedSync
 from macrobatch.sync.wrapped import LoneSync, WrappedSync
 
 __all__ = ["LocalSync", "Policy", "ReplicatedSync", "ShardedSync", "Sync", "WrappedSync", "make_sync"]
+
+_LOG = logging.getLogger("macrobatch")
 
 
 def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean: bool = False) -> Sync:
@@ -48,9 +53,23 @@ def make_sync(sync: object, model: nn.Module, *, overlaps: bool = True, is_lean:
     if sync == "auto":
         if is_sharded:  # has to be set right even if alone
             return ShardedSync(policy=Policy(keep_parameters=False, reduce_last=False) if is_lean else None)
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not dist.is_available() or not dist.is_initialized():
+            _tell_alone()
+            return LoneSync() if LoneSync.suits(model) else LocalSync()
+        if dist.get_world_size() == 1:
             return LoneSync() if LoneSync.suits(model) else LocalSync()
         if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
             return WrappedSync()
         return ReplicatedSync(overlap=overlaps)
     raise ArgumentError("sync", given=repr(sync), expected='"auto", "local" or a Sync object', fix='leave it at "auto"')
+
+
+def _tell_alone() -> None:
+    """Warn in the log where several processes were started together and have not joined: nothing else would show it."""
+    num = env.num_started()
+    if num > 1:
+        _LOG.warning(
+            "sync: %d processes were started together, and this one has joined none of the others, so it trains a "
+            'model of its own. Call macrobatch.launch.init() first, or pass sync="local" if that is meant',
+            num,
+        )
