@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -178,7 +178,7 @@ def anywhere(prepare: partial[Any], victims: tuple[int, ...], stride: int) -> tu
     return num, problems
 
 
-def again_and_again(prepare: partial[Any], victims: tuple[int, ...], stride: int) -> tuple[int, list[str]]:
+def again_and_again(prepare: partial[Any], victims: tuple[int, ...], first: int, stride: int) -> tuple[int, list[str]]:
     """Fail three times in the third window, whose policy may be one that was chosen: in the first or in the last of the
     micro-batches that are too large, each time at another place. Returns how many there were, and what went wrong.
     """
@@ -188,7 +188,7 @@ def again_and_again(prepare: partial[Any], victims: tuple[int, ...], stride: int
     counting = Run(mb.Auto(), [given] * 3, prepare, fails_at=(0,), most=16)
     (num,) = most([counting.failing.allocator.num])
     problems = [] if other.state() != direct.state() else ["the control: another split has the same bits"]
-    for place in range(1, num + 1, stride):
+    for place in range(first, num + 1, stride):
         one, two, three = (1 + (place - 1 + turn * num // 3) % num for turn in range(3))
         for places in ((one, two, three), (one, 0, two, 0, 0, 0, three)):
             fails_at = places if is_victim else (0,)
@@ -222,12 +222,15 @@ def test_all_ranks_run_a_window_again_wherever_one_ran_out(ranks, victims, polic
     assert [problems for _, problems in outcomes] == [[], []]
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, None])
-@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1), "alone"], ids=str)
-def test_memory_may_run_out_again_and_again_in_one_window(ranks, victims, policy):
+AGAIN = [*product([(0,), (1,), (0, 1), "alone"], [*POLICIES, None])]
+
+
+@pytest.mark.parametrize(("victims", "policy", "first"), [(*c, 1 + i) for i, c in enumerate(AGAIN)], ids=str)
+def test_memory_may_run_out_again_and_again_in_one_window(ranks, victims, policy, first):
+    """Each case begins at another place, so that a policy's cases together come by half of them or more."""
     pool, victims = (ranks(1), (0,)) if victims == "alone" else (ranks(2), victims)
-    for num, problems in pool.run(again_and_again, partial(sharded, policy, "plain"), victims, 13):
-        assert num > 20
+    for num, problems in pool.run(again_and_again, partial(sharded, policy, "plain"), victims, first, 21):
+        assert num > 20, "all begin within it"
         assert problems == []
 
 
@@ -347,7 +350,7 @@ def test_a_rank_under_ddp_may_have_nothing_in_a_later_window(ranks):
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)
 def test_ddp_on_a_single_rank_runs_its_window_again(ranks, options):
-    ((num, problems),) = ranks(1).run(again_and_again, partial(lone, options), (0,), 5)
+    ((num, problems),) = ranks(1).run(again_and_again, partial(lone, options), (0,), 1, 5)
     assert num > 20
     assert problems == []
 
