@@ -262,3 +262,34 @@ def test_what_is_held_of_a_window_is_given_up_for_a_checkpoints(ranks: Any, tmp_
     expected = ranks(2).run(gone_back, str(tmp_path), "")
     for weights, same in zip(ranks(2).run(gone_back, str(tmp_path), how), expected, strict=True):
         assert torch.equal(weights, same)
+
+
+def clipped_in_each_micro_batch(is_sharded: bool) -> list[Tensor]:
+    """Norms of the last micro-batches of five windows, and weights at the end, of a loop that does not ask whether a
+    micro-batch is the last before it clips the whole, a part and each element."""
+    with entered(OURS) as door:
+        torch.manual_seed(0)
+        plugin = door.FullyShardedDataParallelPlugin() if is_sharded else None
+        accelerator = door.Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
+        model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        norms: list[Tensor] = []
+        for x in torch.randn(10, 2, 3, 2)[:, accelerator.process_index]:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(x).square().mean())
+                norm = accelerator.clip_grad_norm_(model.parameters(), 0.2)
+                accelerator.clip_grad_norm_(model[0].parameters(), 0.1)
+                accelerator.clip_grad_value_(model[2].parameters(), 0.05)
+                if accelerator.sync_gradients:
+                    norms.append(torch.tensor(float(norm)))
+                optimizer.step()
+                optimizer.zero_grad()
+        return [*norms, *accelerator.get_state_dict(model).values()]
+
+
+def test_clipping_in_every_micro_batch_clips_the_last(ranks: Any):
+    """From the third window on, the model shows whole parameters in between, which are not the optimizer's."""
+    plain = ranks(2).run(clipped_in_each_micro_batch, False)[0]
+    for found, expected in zip(ranks(2).run(clipped_in_each_micro_batch, True)[0], plain, strict=True):
+        # Sums of float32 in another order, over five updates.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

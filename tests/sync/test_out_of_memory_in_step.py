@@ -31,7 +31,7 @@ from macrobatch.core.tally import Tally
 from macrobatch.errors import ArgumentError
 from macrobatch.plan.memory import HostMemory
 from macrobatch.sync import Policy, ShardedSync, WrappedSync
-from macrobatch.sync.realign import Realigned, _Comm, _groups_in  # pyright: ignore[reportPrivateUsage]
+from macrobatch.sync.realign import Realigned, _Comm, groups_in  # pyright: ignore[reportPrivateUsage]
 from tests.sync.windows import Collectives
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -263,7 +263,7 @@ def taking_turns(policy: str, fails_at: int, strategy: type[ShardedSync]) -> tup
         num_again += num_run > len(given)
     tensors = [*model.state_dict().values(), torch.get_rng_state()]
     state = [(t.to_local() if isinstance(t, DTensor) else t).numpy().tobytes() for t in tensors]
-    groups = _groups_in(module for module in model.modules() if isinstance(module, FSDPModule))
+    groups = groups_in(module for module in model.modules() if isinstance(module, FSDPModule))
     comms = [comm for group in groups for comm in (group._all_gather_comm, group._reduce_scatter_comm)]
     return state, num_again, {depth(comm) for comm in comms}
 

@@ -229,7 +229,7 @@ class Accelerator(Preparation, Checkpoints, Tracking):
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """Clip the norm of the window's gradient; returns the norm before. In a micro-batch that is not the last of
-        its window, nothing is clipped and the norm so far is returned.
+        its window, nothing is clipped and the norm so far is returned, without what FSDP2 holds back.
 
         Args:
             parameters: a tensor or an iterable of them: those of one or several windows, or some of them.

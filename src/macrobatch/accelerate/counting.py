@@ -144,6 +144,7 @@ class WindowCounting:
 
     def clip_norm(self, params: list[Tensor], max_norm: float, norm_type: float) -> Tensor:
         """Clip the norm of a window's gradient, if it is complete; returns the norm before."""
+        params = self._meant(params)
         windows = self._concerned(params)
         if windows is None:
             return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], norm_type)
@@ -155,6 +156,7 @@ class WindowCounting:
 
     def clip_value(self, params: list[Tensor], clip_value: float) -> None:
         """Clip the elements of a window's gradient, if it is complete."""
+        params = self._meant(params)
         windows = self._concerned(params)
         if windows is not None:
             for window in windows:
@@ -167,6 +169,11 @@ class WindowCounting:
             window = self.windows.of_optimizer(optimizer)
             if not window.is_pending or window.is_last:
                 window.finish()
+
+    def _meant(self, params: list[Tensor]) -> list[Tensor]:
+        """The parameters that optimizers have, in place of what models show in the middle of a window."""
+        stand_ins = {key: param for window in self.windows.all for key, param in window.sync.stand_ins().items()}
+        return [stand_ins.get(id(param), param) for param in params]
 
     def _concerned(self, params: Sequence[Tensor]) -> list[FedWindow] | None:
         """Windows that these parameters belong to; None if one of them is not complete yet."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from macrobatch.core.gradients import GradientBuffer
 from macrobatch.core.tally import Tally
@@ -104,6 +104,10 @@ class Sync:
 
     def take_up(self, gradients: GradientBuffer) -> None:
         """Between two micro-batches: the buffer has what was saved of a window, perhaps by another process."""
+
+    def stand_ins(self) -> dict[int, Tensor]:
+        """From the `id` of what a model shows in a parameter's place at times, the parameter."""
+        return {}
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Add up gradients and tally over ranks, and find which parameters any rank used.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["Realigned", "forget"]
+__all__ = ["Realigned", "forget", "groups_in"]
 
 
 class Realigned:
@@ -31,7 +31,7 @@ class Realigned:
 
     def __init__(self, modules: Iterable[FSDPModule]) -> None:
         self._modules = list(modules)
-        self._groups: list[Any] = _groups_in(self._modules)
+        self._groups: list[Any] = groups_in(self._modules)
         self._lengths: dict[int, int] = {}
         self._indices: list[tuple[Any, list[int]]] = []
         self._ready: set[int] = set()
@@ -48,7 +48,7 @@ class Realigned:
     def of(cls, modules: Iterable[FSDPModule]) -> Realigned:
         """The one that stands there, from an earlier step with the same model; or a new one."""
         modules = list(modules)
-        lines = [getattr(group._all_gather_comm, "line", None) for group in _groups_in(modules)]
+        lines = [getattr(group._all_gather_comm, "line", None) for group in groups_in(modules)]
         there = lines[0] if lines else None
         return there if there is not None and there._modules == modules else cls(modules)
 
@@ -148,14 +148,15 @@ def forget(modules: Iterable[FSDPModule]) -> None:
     modules = list(modules)
     for module in modules:
         _reset(module)
-    for group in _groups_in(modules):
+    for group in groups_in(modules):
         for param in group.fsdp_params:
             param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param._unsharded_param.grad = None
 
 
-def _groups_in(modules: Iterable[FSDPModule]) -> list[Any]:
+def groups_in(modules: Iterable[FSDPModule]) -> list[Any]:
+    """FSDP2's groups of parameters."""
     states = [module._get_fsdp_state() for module in modules]  # pyright: ignore[reportPrivateUsage]
     return [group for state in states for group in _groups_of(state)]
 

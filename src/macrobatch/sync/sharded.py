@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -33,7 +33,7 @@ from macrobatch.errors import ArgumentError
 from macrobatch.ranks import Ranks
 from macrobatch.sync.base import Again, Sync
 from macrobatch.sync.peers import Peers, ranks_in, sparing_buffers, trained_in
-from macrobatch.sync.realign import Realigned, forget
+from macrobatch.sync.realign import Realigned, forget, groups_in
 
 __all__ = ["Policy", "ShardedSync"]
 
@@ -206,6 +206,11 @@ class ShardedSync(Sync):
         roots = [state for state in map(_state_of, self._modules) if state._is_root]
         for state in roots:
             state._root_post_backward_final_callback()
+
+    def stand_ins(self) -> dict[int, Tensor]:
+        """Whole parameters, which a model shows where the policy keeps them between micro-batches."""
+        params = [param for group in groups_in(self._modules) for param in group.fsdp_params]
+        return {id(p._unsharded_param): p.sharded_param for p in params if hasattr(p, "_unsharded_param")}
 
     def close(self, gradients: GradientBuffer, tally: Tally | None) -> None:
         """Add up weights, losses and which parameters were used: one small all-reduce."""
