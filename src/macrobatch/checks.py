@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from macrobatch.errors import ArgumentError
@@ -26,15 +27,15 @@ def is_integer(value: Any, at_least: float = -math.inf) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number.
+    """Whether it is a finite number that a float can hold.
 
     ```pycon
-    >>> [is_number(value) for value in (0, -2.5, math.nan, math.inf, True, "3")]
-    [True, True, False, False, False, False]
+    >>> [is_number(value) for value in (0, -2.5, math.nan, math.inf, 10**400, True, "3")]
+    [True, True, False, False, False, False, False]
 
     ```
     """
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_integer(
