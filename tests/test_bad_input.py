@@ -30,6 +30,7 @@ from macrobatch.errors import (
     NonFiniteError,
     StateError,
 )
+from macrobatch.plan.lengths import LengthCost
 
 NAN, INF = math.nan, math.inf
 
@@ -730,3 +731,29 @@ def test_a_weight_that_is_text_is_shown_as_text():
     setup.loss_fn[0] = lambda model, batch: mb.Loss(logits(model, batch).sum(), "3")  # pyright: ignore[reportArgumentType]
     with refused(LossError, "given '3'"):
         setup.step(samples())
+
+
+BAD_OPTIONS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (mb.ReplicatedSync, {"overlap": 1}),
+    (mb.ReplicatedSync, {"cross_check": "no"}),
+    (mb.WrappedSync, {"cross_check": None}),
+    (mb.ShardedSync, {"cross_check": 0}),
+    (mb.ShardedSync, {"policy": "keep-last"}),
+    (mb.ShardedSync, {"memory_limit_bytes": -1}),
+    (mb.ShardedSync, {"memory_limit_bytes": 1e9}),
+    (mb.Policy, {"keep_parameters": 1, "reduce_last": False}),
+    (mb.Policy, {"reduce_last": "each", "keep_parameters": True}),
+    (mb.launch.init, {"backend": "nccl2"}),
+    (mb.launch.init, {"backend": 3}),
+    (mb.launch.spawn, {"function": 3, "num_processes": 1}),
+    (LengthCost.measure, {"micro_step": 3, "lengths": [1, 2]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "options"), BAD_OPTIONS, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
+def test_option_of_many_ranks_out_of_domain_is_refused(make, options):
+    name, value = next(iter(options.items()))
+    with refused(ArgumentError, f"{name}: given {value!r}; expected "):
+        make(**options)

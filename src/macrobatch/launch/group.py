@@ -45,7 +45,7 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> Ranks
         timeout_s: seconds that ranks wait for each other, here and in every collective; torch's default if None.
 
     Raises:
-        ArgumentError: what the environment says does not fit together.
+        ArgumentError: what the environment says does not fit together, or an argument is out of its domain.
         PeerError: some ranks did not come.
 
     ```pycon
@@ -55,6 +55,7 @@ def init(backend: str | None = None, *, timeout_s: float | None = None) -> Ranks
     ```
     """
     timeout = _checked_timeout(timeout_s)
+    _check_backend(backend)
     if dist.is_initialized():
         return _ranks_of_group()
     found = detect()
@@ -130,6 +131,14 @@ def _end() -> None:
     """At exit. After an error the other ranks should hear of it now: leaving the group would wait for them."""
     if getattr(sys, "last_value", None) is None:
         shutdown()
+
+
+def _check_backend(backend: object) -> None:
+    """Refuse what torch.distributed does not know, on a single process too: it would fail on several only."""
+    kinds = [part.rpartition(":")[2] for part in backend.split(",")] if isinstance(backend, str) else [backend]
+    if backend is None or all(kind in dist.Backend.backend_list for kind in kinds):
+        return
+    raise ArgumentError("backend", given=repr(backend), expected='"gloo", "nccl" for GPUs, or None', fix="leave it out")
 
 
 def _checked_timeout(timeout_s: Any) -> timedelta | None:

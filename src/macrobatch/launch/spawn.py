@@ -73,6 +73,8 @@ def spawn(
     arguments = tuple(args)
     num_processes = (torch.cuda.device_count() or 1) if num_processes is None else num_processes
     check_integer("num_processes", num_processes, fix="leave it out")
+    if not callable(function):
+        raise ArgumentError("function", given=repr(function), expected="a function", fix="pass it without calling it")
     _refuse_ranks()
     if num_processes == 1:
         return [function(*arguments)]

@@ -106,6 +106,13 @@ class LengthCost:
 
         ```
         """
+        if not callable(micro_step):
+            raise ArgumentError(
+                "micro_step",
+                given=repr(micro_step),
+                expected="a function of a length",
+                fix="pass one, not its result",
+            )
         for name, value in (("num_samples", num_samples), ("num_times", num_times)):
             check_integer(name, value, fix=f"pass {name}=8")
         if len(set(lengths)) < 2:

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from macrobatch.checks import check_integer
+from macrobatch.checks import check_flag, check_integer
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import NUM_SUMS, Tally
 from macrobatch.core.weighting import Plan
@@ -73,6 +73,8 @@ class ReplicatedSync(Sync):
         cross_check: bool = True,
     ) -> None:
         check_integer("bucket_bytes", bucket_bytes, fix="leave it at its default")
+        check_flag("overlap", overlap)
+        check_flag("cross_check", cross_check)
         if wire_dtype is not None and not getattr(wire_dtype, "is_floating_point", False):
             raise ArgumentError(
                 "wire_dtype",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from macrobatch.checks import check_flag, check_integer
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
@@ -52,6 +53,10 @@ class Policy:
 
     keep_parameters: bool
     reduce_last: bool
+
+    def __post_init__(self) -> None:
+        check_flag("keep_parameters", self.keep_parameters)
+        check_flag("reduce_last", self.reduce_last)
 
     def extra_bytes(self, parameter_bytes: int, gradient_bytes: int) -> int:
         """What it holds beyond the leanest policy, from the sizes of all parameters and gradients as a whole."""
@@ -98,6 +103,11 @@ class ShardedSync(Sync):
         group: dist.ProcessGroup | None = None,
         cross_check: bool = True,
     ) -> None:
+        if policy is not None and not isinstance(policy, Policy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            fix = "pass Policy(keep_parameters=True, reduce_last=True), or leave it out to have it chosen"
+            raise ArgumentError("policy", given=repr(policy), expected="a Policy or None", fix=fix)
+        check_integer("memory_limit_bytes", memory_limit_bytes, at_least=0, or_none=True, fix="leave it out")
+        check_flag("cross_check", cross_check)
         self._cross_check = cross_check
         self.policy = _LEANEST if policy is None else policy
         self._num_lean = None if policy is not None else 0

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from macrobatch.checks import check_flag
 from macrobatch.core.gradients import GradientBuffer, Slot
 from macrobatch.core.tally import Tally
 from macrobatch.core.weighting import Plan
@@ -48,6 +49,7 @@ class WrappedSync(Sync):
     widens = False
 
     def __init__(self, *, cross_check: bool = True) -> None:
+        check_flag("cross_check", cross_check)
         self._cross_check = cross_check
         self._model: DistributedDataParallel | FullyShardedDataParallel | None = None
         self._peers: Peers | None = None
