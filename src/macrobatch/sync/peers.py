@@ -255,9 +255,13 @@ class Peers(Alone):
             for members in groups.values():
                 whole = torch.cat([tensor.reshape(-1) for tensor in members])
                 dist.broadcast(torch.view_as_real(whole) if whole.is_complex() else whole, source, group=self.group)
-                for tensor, part in zip(members, whole.split([tensor.numel() for tensor in members]), strict=True):
-                    if not (spares_equal and same_bits(tensor, part.view(tensor.shape))):
-                        tensor.copy_(part.view(tensor.shape))
+                split = whole.split([tensor.numel() for tensor in members])
+                parts = [part.view(tensor.shape) for tensor, part in zip(members, split, strict=True)]
+                pairs = list(zip(members, parts, strict=True))
+                if spares_equal:
+                    pairs = [pair for pair in pairs if not same_bits(*pair)]
+                if pairs:  # one operation, where a model has hundreds of buffers
+                    torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportArgumentType]
 
     def check_alike(self, what: str, tensors: Sequence[Tensor]) -> None:
         """Compare checksums of tensors over ranks, one by one.
