@@ -403,7 +403,6 @@ def job_of_hooks(folder: str) -> tuple[list[int], list[float], list[float]]:
     events = EventAccumulator(f"{folder}/rank_{dist.get_rank()}").Reload()
     everywhere = torch.tensor(losses, dtype=torch.float64)
     dist.all_reduce(everywhere)
-    gpc.destroy()
     return meetings.nums, [event.value for event in events.Scalars("Loss/train")], (everywhere / 2).tolist()
 
 
