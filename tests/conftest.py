@@ -24,7 +24,8 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
     """`ranks(world_size)` is a warm pool of that many ranks, the same for all tests of a pytest process.
 
     What may leave ranks waiting for each other, if it fails, asks for a pool with a short `timeout_s` of its own.
-    Tests with this fixture carry `pytest.mark.xdist_group("ranks")`, so that one worker has all pools.
+    Tests with this fixture carry `pytest.mark.xdist_group("ranks")`, so that a worker that has pools has much use of
+    them: all such tests of a folder.
     """
     pools: dict[tuple[int, float], RankPool] = {}
 
@@ -48,7 +49,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `--dist loadgroup`: files with tests of one group go to one worker as a whole.
+    """For `--dist loadgroup`: files with tests of one group go to one worker as a whole; those over ranks by folder,
+    since together they take longer than all the rest.
 
     pytest 9.2 no longer lets pytest-xdist 3.8 pass groups on, which then spreads them in silence
     (https://github.com/pytest-dev/pytest-xdist/issues/1386).
@@ -58,7 +60,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     if config.getvalue("dist") != "loadgroup":
         return None
     found = {path: GROUP.search(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py")}
-    groups = {path.relative_to(ROOT).as_posix(): group[1] for path, group in found.items() if group is not None}
+    groups = {
+        path.relative_to(ROOT).as_posix(): f"ranks of {path.parent.name}" if group[1] == "ranks" else group[1]
+        for path, group in found.items()
+        if group is not None
+    }
 
     class Scheduling(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
