@@ -89,19 +89,24 @@ def test_sharded_training_goes_on_in_the_middle_of_a_window(
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0 if each_batch else 1e-6)
 
 
+def in_threes(door: Any) -> tuple[Any, Any, Any]:
+    """An accelerator with windows of three, and a sharded model with an optimizer that has no state."""
+    torch.manual_seed(0)
+    accelerator = door.Accelerator(
+        cpu=True, gradient_accumulation_steps=3, fsdp_plugin=door.FullyShardedDataParallelPlugin()
+    )
+    model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def micro_steps(folder: str, what: str) -> list[Tensor]:
-    """Weights after three windows of three micro-batches, with an optimizer that has no state.
+    """Weights after three windows of three micro-batches.
 
     To "save" ends in the third one; to "resume" goes on from there; "fails" raises in its second micro-batch, and
     "empty" has no samples in its first two. "fails and saves" raises in a fourth window, and saves what is left of it.
     """
     with entered(OURS) as door:
-        torch.manual_seed(0)
-        accelerator = door.Accelerator(
-            cpu=True, gradient_accumulation_steps=3, fsdp_plugin=door.FullyShardedDataParallelPlugin()
-        )
-        model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator, model, optimizer = in_threes(door)
         micro_batches = torch.randn(11, 4, 3, 2)[: 11 if "saves" in what else 9, accelerator.process_index]
         if what == "resume":
             for group in optimizer.param_groups:
@@ -229,12 +234,7 @@ def test_a_wrapped_window_has_one_small_sum_beside_ddps_own(ranks: Any):
 def gone_back(folder: str, how: str) -> Tensor:
     """Weights after four windows, the last of which is gone back into from where it is left: further on, or failed."""
     with entered(OURS) as door:
-        torch.manual_seed(0)
-        accelerator = door.Accelerator(
-            cpu=True, gradient_accumulation_steps=3, fsdp_plugin=door.FullyShardedDataParallelPlugin()
-        )
-        model: Any = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator, model, optimizer = in_threes(door)
         micro_batches = torch.randn(12, 2, 3, 2)[:, accelerator.process_index]
 
         def train(start: int, stop: int, fails: bool = False) -> None:
