@@ -64,7 +64,7 @@ class FusedLinear:
     def __init__(self, model: nn.Module, *, autocast: torch.dtype | None = None) -> None:
         self._model = model
         self._autocast = autocast
-        self._rounded = Rounded((), torch.float32)
+        self._rounded = Rounded(autocast)
         self._layout: list[Slot] = []
         self._layers: list[_Layer] = []
         self._nodes: list[Any] = []
@@ -81,7 +81,7 @@ class FusedLinear:
             LossError: a forward changes the weights of linear layers in the middle of a window.
         """
         if self._layout is not gradients.slots or not self._rounded.fits():
-            self._rounded = Rounded(_linear_params(self._model, gradients), self._autocast)
+            self._rounded = Rounded(self._autocast)
             self._watch(list(_layers_of(self._model, gradients, self._rounded, self._run_eagerly)))
             self._layout = gradients.slots
         self._rounded.make()
@@ -124,15 +124,6 @@ class _Layer(NamedTuple):
 
 def _has_hooks(param: Any) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
-
-
-def _linear_params(model: nn.Module, gradients: GradientBuffer) -> Generator[Tensor]:
-    for layer in _layers_of(model, gradients, Rounded((), None), set()):
-        if isinstance(layer.module, nn.Linear):
-            bias = layer.module._parameters.get("bias")  # pyright: ignore[reportPrivateUsage]
-            yield layer.slot.param
-            if type(bias) is nn.Parameter:
-                yield bias
 
 
 def _layers_of(

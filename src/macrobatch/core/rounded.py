@@ -7,10 +7,8 @@ Source: https://docs.pytorch.org/docs/stable/amp.html#autocast-op-reference
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from macrobatch.core.snapshot import same_bits
 from macrobatch.errors import LossError
@@ -24,53 +22,54 @@ class Rounded:
     """Parameters in autocast's dtype, for a window in which they stay what they are.
 
     Args:
-        params: of any dtypes; those in fp32 get copies.
         dtype: None for no copies.
 
     ```pycon
-    >>> weight = torch.tensor([1 / 3], requires_grad=True)
-    >>> rounded = Rounded([weight], torch.bfloat16)
+    >>> weight = torch.nn.Parameter(torch.tensor([1 / 3]))
+    >>> rounded = Rounded(torch.bfloat16)
+    >>> copy = rounded.of(weight)
     >>> rounded.make()
-    >>> float(rounded.of(weight))
+    >>> float(copy)
     0.333984375
 
     ```
     """
 
-    def __init__(self, params: Iterable[Tensor], dtype: torch.dtype | None) -> None:
-        wide = {id(p): p for p in params if p.dtype is torch.float32} if dtype in HALF else {}
-        self._params = list(wide.values())
-        self._copies = [torch.empty_like(param, dtype=dtype, requires_grad=False) for param in self._params]
-        self._places = {key: place for place, key in enumerate(wide)}
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype if dtype in HALF else None
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        """Parameters and their copies, by the `id` of the parameter."""
         self._num_unchecked = 2
         """Windows: a forward that normalizes its weights may find nothing to do in the first."""
-        for copy in self._copies:
-            keep_address(copy)
 
     def of(self, param: Tensor | None) -> Tensor | None:
-        """The copy, if there is one."""
-        place = self._places.get(id(param))
-        return None if place is None else self._copies[place]
+        """The copy that `make` fills, the same each time; None of what is no plain parameter in fp32."""
+        if self._dtype is None or type(param) is not nn.Parameter or param.dtype is not torch.float32:
+            return None
+        if id(param) not in self._pairs:
+            copy = torch.empty_like(param, dtype=self._dtype, requires_grad=False)
+            keep_address(copy)
+            self._pairs[id(param)] = param, copy
+        return self._pairs[id(param)][1]
 
     def fits(self) -> bool:
         """Whether the parameters still have the shapes and devices that they had."""
-        pairs = zip(self._params, self._copies, strict=True)
-        return all(param.shape == copy.shape and param.device == copy.device for param, copy in pairs)
+        return all(param.shape == copy.shape and param.device == copy.device for param, copy in self._pairs.values())
 
     @torch.no_grad()
     def make(self) -> None:
         """Round the parameters."""
-        if self._params:
-            torch._foreach_copy_(self._copies, self._params)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        if self._pairs:
+            params, copies = map(list, zip(*self._pairs.values(), strict=True))
+            torch._foreach_copy_(copies, params)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportArgumentType]
 
     @torch.no_grad()
     def check(self) -> None:
         """After each of the first windows, which wait for the device: are the copies still what they should be?"""
-        if not self._params or not self._num_unchecked:
+        if not self._num_unchecked:
             return
         self._num_unchecked -= 1
-        pairs = zip(self._params, self._copies, strict=True)
-        if not all(same_bits(param.to(copy.dtype), copy) for param, copy in pairs):
+        if not all(same_bits(param.to(copy.dtype), copy) for param, copy in self._pairs.values()):
             raise LossError(
                 "loss_fn",
                 given="a model whose forward changes the weights of its linear layers",
