@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,8 @@ from macrobatch.accelerate.utils.other import (
 from macrobatch.checkpoint import load_file, replaced_folder, save_file
 from macrobatch.checkpoint.fit import check_optimizer, check_scheduler
 from macrobatch.checkpoint.io import check_complete, partial_folder, recover
-from macrobatch.errors import ArgumentError, PeerError, StateError, WindowError
+from macrobatch.errors import ArgumentError, StateError, WindowError
+from macrobatch.launch.group import together
 
 __all__ = ["Checkpoints"]
 
@@ -329,20 +330,9 @@ class Checkpoints(Processes):
     def _restorable(self) -> list[Any]:
         return [loader for loader in self._dataloaders if hasattr(loader, "load_state_dict")]
 
-    @contextmanager
-    def _together(self, what: str) -> Generator[None]:
+    def _together(self, what: str) -> AbstractContextManager[None]:
         """Context that raises on all ranks if it does on one, at its end, where all ranks wait for each other."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        problems = self._gathered(error and f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        wrong = {rank: text for rank, text in enumerate(problems) if text is not None}
-        if wrong:
-            raise PeerError(what, given=f"{wrong!r:.500}", expected="no error on any rank", fix="see what those say")
+        return together(what, all_ranks=self.num_processes > 1 and not self._is_alone)
 
     def _gathered(self, state: Any) -> list[Any]:
         if self.num_processes == 1 or self._is_alone:

@@ -22,7 +22,8 @@ from macrobatch.accelerate.utils.environment import (
     parse_choice_from_env,
     parse_flag_from_env,
 )
-from macrobatch.errors import ArgumentError, PeerError
+from macrobatch.errors import ArgumentError
+from macrobatch.launch.group import together
 
 __all__ = ["AcceleratorState", "GradientState", "PartialState", "do_nothing", "is_initialized"]
 
@@ -151,31 +152,19 @@ class PartialState:
 
     @contextmanager
     def _first(self, is_first: bool) -> Generator[None]:
-        if not is_first:
-            self._meet(None)
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
+        meeting = together(
+            "main_process_first",
+            expected="those that go first to come through",
+            fix="see what that says",
+            all_ranks=self.use_distributed,
+        )
         if is_first:
-            self._meet(error)
-        if error is not None:
-            raise error
-
-    def _meet(self, error: Exception | None) -> None:
-        """Wait for all ranks, and hear whether those that went first have failed."""
-        errors: list[Any] = [None] * self.num_processes
-        if self.use_distributed:
-            dist.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
-        found = {rank: each for rank, each in enumerate(errors) if each is not None}
-        if found and error is None:
-            raise PeerError(
-                "main_process_first",
-                given=f"by rank, {found!r:.500}",
-                expected="those that go first to come through",
-                fix="see what that says",
-            )
+            with meeting:
+                yield
+            return
+        with meeting:
+            pass
+        yield
 
     @contextmanager
     def main_process_first(self) -> Generator[None]:

@@ -6,6 +6,8 @@ import atexit
 import os
 import platform
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +21,7 @@ from macrobatch.errors import ArgumentError, PeerError
 from macrobatch.launch.ranks import detect
 from macrobatch.ranks import Ranks
 
-__all__ = ["init", "shutdown"]
+__all__ = ["init", "shutdown", "together"]
 
 _KEY = "macrobatch/gpu/"
 
@@ -80,6 +82,45 @@ def shutdown() -> None:
     """Leave the group, if there is one. Called by itself when a script that called `init` ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def together(
+    what: str,
+    *,
+    expected: str = "no error on any rank",
+    fix: str = "see what those say",
+    all_ranks: bool = True,
+) -> Generator[None]:
+    """Context at whose end all ranks of the default group wait for each other, and hear whether it raised on one.
+
+    Args:
+        what: they do in it, for the error, as are `expected` and `fix`.
+        all_ranks: whether they do; else this one is by itself.
+
+    Raises:
+        PeerError: it did, on another one.
+
+    ```pycon
+    >>> with together("nothing", all_ranks=False):
+    ...     pass
+
+    ```
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors: list[Any] = []
+    if all_ranks:
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    found = {rank: each for rank, each in enumerate(errors) if each is not None}
+    if found:
+        raise PeerError(what, given=f"by rank, {found!r:.500}", expected=expected, fix=fix)
 
 
 def _make_group(backend: str | None, device: torch.device | None, timeout: timedelta | None) -> None:

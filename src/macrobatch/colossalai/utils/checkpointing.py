@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ from macrobatch.checkpoint.fit import check_optimizer, check_scheduler
 from macrobatch.colossalai.context import ParallelMode
 from macrobatch.colossalai.core import global_context as gpc
 from macrobatch.core.handover import share_of
-from macrobatch.errors import PeerError, StateError
+from macrobatch.errors import StateError
+from macrobatch.launch.group import together
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -150,27 +151,10 @@ def _write_parts(path: Path, window: Mapping[str, Any]) -> str:
     return numbers[0]
 
 
-@contextmanager
-def _together(what: str, *, all_ranks: bool = True) -> Generator[None]:
+def _together(what: str, *, all_ranks: bool = True) -> AbstractContextManager[None]:
     """Context at whose end all ranks wait for each other, and fail if one did."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    errors: list[Any] = [None] * gpc.world_size
-    if gpc.world_size > 1 and all_ranks:
-        dist.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    found = {rank: each for rank, each in enumerate(errors) if each}
-    if found:
-        raise PeerError(
-            what,
-            given=f"by rank, {found!r:.500}",
-            expected="no error on any rank",
-            fix="see what those say; all ranks need one folder that each of them can use",
-        )
+    fix = "see what those say; all ranks need one folder that each of them can use"
+    return together(what, fix=fix, all_ranks=all_ranks and gpc.world_size > 1)
 
 
 def _window(path: Path, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
